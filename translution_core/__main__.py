@@ -1,0 +1,5 @@
+"""``python -m translution``."""
+
+from translution.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""The algorithms by name, when each applies, and what each costs, from the normal form alone (clause B3).
+
+definition  the formula as loops over pairs
+pairwise    encodes every pair, then one softmax over the pairs of a query: O(links x features) memory
+stream      one matrix product per displacement, nothing of size links x features
+conv        the native convolution, for operators that are one
+sdpa        the native scaled_dot_product_attention, for operators that are one
+fused       one kernel per block of queries and head, running softmax
+"""
+
+import math
+from dataclasses import dataclass
+
+from translution.geometry import count_links, geometry
+from translution.normal_form import Linear, NormalForm, Role, normal_form
+from translution.spec import Lattice, Operator
+
+ALGORITHMS = ("definition", "pairwise", "stream", "conv", "sdpa", "fused")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call, as far as the choice of a backend and an algorithm depends on it."""
+
+    operator: Operator
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    mask: str = "none"
+    return_weights: bool = False
+    gradient: bool = False
+
+    @property
+    def normal_form(self) -> NormalForm:
+        """The operator's normal form."""
+        return normal_form(self.operator)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Estimates for one forward pass: operations, peak working memory beyond inputs and parameters, parameters."""
+
+    flops: int
+    working_bytes: int
+    parameter_bytes: int
+
+
+def why_not(request: Request, algorithm: str) -> list[str]:
+    """Reasons why ``algorithm`` can't compute this request, whatever the backend; empty where it can."""
+    if algorithm == "conv":
+        return _why_not_convolution(request)
+    if algorithm == "sdpa":
+        return _why_not_attention(request)
+    return []
+
+
+def _why_not_convolution(request: Request) -> list[str]:
+    form, layout = request.normal_form, request.operator.layout
+    reasons = []
+    if not isinstance(layout, Lattice) or layout.kernel_size is None:
+        return ["conv: the layout has no window (kernel_size)"]
+    if layout.registers:
+        reasons.append("conv: the layout has registers")
+    if layout.far is not None:
+        reasons.append("conv: displacements share classes (far)")
+    if layout.boundary == "shift":
+        reasons.append("conv: a shifted window is not a convolution")
+    if layout.rank > 3:
+        reasons.append(f"conv: native convolutions have at most 3 axes, the lattice has {layout.rank}")
+    if layout.num_classes != math.prod(layout.window):
+        reasons.append("conv: the causal order cuts the window")
+    if max(layout.key_strides) > 1 and (max(layout.strides) > 1 or any(layout.offsets)):
+        reasons.append("conv: query stride and key stride together")
+    if [branch.kind for branch in form.branches] != ["ones"]:
+        reasons.append("conv: the relevance is not Ones")
+    term = form.value.linears[0] if form.value.linears else None
+    if len(form.value.linears) != 1 or form.value.constants or term != _plain_table(term):
+        reasons.append("conv: the value encoder is not a single PerDisplacement without bias")
+    if request.mask != "none":
+        reasons.append("conv: a mask is given")
+    if request.return_weights:
+        reasons.append("conv: native convolutions return no weights")
+    return reasons
+
+
+def _plain_table(term: Linear | None) -> Linear | None:
+    if term is None:
+        return None
+    return Linear(None, "value.table", None, term.groups, 0, term.width)
+
+
+def _why_not_attention(request: Request) -> list[str]:
+    form, layout = request.normal_form, request.operator.layout
+    reasons = []
+    if len(form.branches) != 1 or form.branches[0].kind != "softmax" or not form.branches[0].content:
+        reasons.append("sdpa: the relevance is not one Softmax over content")
+    if form.relative_roles:
+        reasons.append(f"sdpa: {', '.join(form.relative_roles)} differ between displacements")
+    if isinstance(layout, Lattice) and layout.boundary in ("zeros", "reflect", "replicate"):
+        reasons.append(f"sdpa: boundary {layout.boundary!r} links a query to padded keys")
+    elif geometry(layout).repeats_pairs:
+        reasons.append("sdpa: some key appears twice in a window")
+    if request.return_weights:
+        reasons.append("sdpa: scaled_dot_product_attention returns no weights")
+    return reasons
+
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex128": 16}
+
+
+def _linear_flops(role: Role, shapes: dict[str, tuple[int, ...]], links: int, tokens: int) -> int:
+    total = 0
+    for term in role.linears:
+        for name, rows in ((term.before, tokens), (term.table, links), (term.after, links)):
+            if name is not None:
+                shape = shapes[name][1:] if name == term.table else shapes[name]
+                total += 2 * rows * math.prod(shape)
+    return total
+
+
+def cost(request: Request, algorithm: str) -> Cost:
+    """What one forward pass costs. Halves are counted as computed: at least in float32 (clause D2)."""
+    operator, form = request.operator, request.normal_form
+    layout, batch = operator.layout, request.batch
+    links, shapes = count_links(layout), dict(operator.parameters)
+    queries, keys, heads = layout.num_queries, layout.num_keys, operator.num_heads
+    item = max(ITEM_BYTES[request.dtype], 4)
+    tokens = {"query": queries, "key": keys, "value": keys}
+    features = {role.name: role.num_heads * role.head_dim for role in form.roles}
+    flops = sum(_linear_flops(role, shapes, links, tokens[role.name]) for role in form.roles)
+    flops += 2 * links * sum(features.values())
+    if form.output is not None:
+        flops += _linear_flops(form.output, shapes, 0, queries)
+    encoded = sum(tokens[name] * width for name, width in features.items()) + queries * operator.out_features
+    logits = 2 * heads * links
+    working = {
+        "definition": encoded + heads * queries * keys,
+        "pairwise": encoded + logits + links * sum(features.values()),
+        "stream": encoded + logits + queries * operator.dim + keys * operator.keys_dim,
+        "conv": encoded + keys * operator.keys_dim,
+        "sdpa": encoded,
+        "fused": encoded,
+    }[algorithm]
+    return Cost(
+        flops=batch * flops,
+        working_bytes=batch * working * item + 16 * links,
+        parameter_bytes=operator.num_parameters * ITEM_BYTES[request.dtype],
+    )

@@ -1,0 +1,124 @@
+"""The command line. Exit codes: 0 holds, 1 does not hold, 2 wrong use. Everything heavy is imported by the command itself."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from translution.conformance.results import Row
+
+app = typer.Typer(
+    name="translution",
+    help="One operator that holds convolution and self-attention: verify it, and see what runs it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _wrong_use(message: str) -> typer.Exit:
+    typer.echo(f"translution: {message}", err=True)
+    return typer.Exit(2)
+
+
+@app.command()
+def verify(
+    module: Annotated[
+        str | None,
+        typer.Option(metavar="PKG.MOD:FACTORY", help="A function that returns your torch model: each Conv*/MHA in it."),
+    ] = None,
+    input: Annotated[  # noqa: A002 - the option's name
+        str | None, typer.Option(metavar="SHAPE", help="Shape of the model's input, e.g. 1,3,32,32.")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Random cases for each reduction, backend and dtype.")] = 12,
+    only: Annotated[
+        str | None, typer.Option(metavar="PART", help="reductions or digits; both where not given.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Prove that convolution and attention are special cases: reductions on every backend, then real digits.
+
+    With --module, on every nn.Conv*, nn.ConvTranspose* and nn.MultiheadAttention of your own model.
+    """
+    from translution.conformance.verify import verify_everything, verify_factory
+
+    if (module is None) != (input is None):
+        raise _wrong_use("--module and --input go together, e.g. --module my.models:build --input 1,3,32,32")
+    if only not in (None, "reductions", "digits"):
+        raise _wrong_use(f"--only {only}: choose reductions or digits")
+    from translution.display import Progress, show_rows
+
+    with Progress() as progress:
+        if module is not None and input is not None:
+            try:
+                rows = verify_factory(module, input, progress.update)
+            except (ValueError, LookupError, ImportError, TypeError) as error:
+                raise _wrong_use(str(error)) from error
+        else:
+            rows = verify_everything(cases, only, progress.update)
+    holds = show_rows(rows)
+    _write_json(json_file, {"holds": holds, "rows": [row.as_json() for row in rows]})
+    raise typer.Exit(0 if holds else 1)
+
+
+@app.command()
+def explain(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A JSON file, or NAME2d:height=7,width=7,dim=192,...")],
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    json_file: JsonFile = None,
+) -> None:
+    """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run."""
+    from translution.algorithms import ITEM_BYTES, Request
+    from translution.display import explanation_json, show_explanation
+    from translution.execution import explain as candidates
+    from translution.spec import SpecError, parse_spec
+
+    if dtype not in ITEM_BYTES:
+        raise _wrong_use(f"--dtype {dtype}: choose one of {', '.join(ITEM_BYTES)}")
+    try:
+        request = Request(parse_spec(spec), batch=batch, dtype=dtype)
+    except (SpecError, OSError) as error:
+        raise _wrong_use(str(error)) from error
+    found = candidates(request)
+    show_explanation(request, found)
+    _write_json(json_file, explanation_json(request, found))
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """What is installed, which backends run here, and why the others don't."""
+    from translution.display import diagnosis, show_diagnosis
+
+    found = diagnosis()
+    show_diagnosis(found)
+    _write_json(json_file, found)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Print the version where asked."""
+    if show:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"translution {installed('translution')}")
+        raise typer.Exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``translution``."""
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="translution")

@@ -1,0 +1,266 @@
+"""Running an operator: choose an algorithm, check everything, compute, return the caller's kind of array."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from translution.algorithms import ALGORITHMS, Cost, Request, cost
+from translution.arrays import Array, dtype_name, kind_of, needs_gradient, to_kind
+from translution.errors import CostError, InputError, NotSupported, UnknownName
+from translution.inputs import Inputs, check_inputs
+from translution.registry import BACKENDS, Backend, Gradients, get_backend
+from translution.spec import Operator
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An operator together with the backend and the algorithm that compute it."""
+
+    operator: Operator
+    backend: str
+    algorithm: str | None = None
+
+
+class Call(Protocol):
+    """A compiled operator."""
+
+    plan: Plan
+
+    def __call__(
+        self, params: Mapping[str, Array], x: Array, y: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """Out [.., Nq, F]."""
+        ...
+
+
+def reasons_against(backend: Backend, request: Request, algorithm: str) -> list[str]:
+    """Every reason why ``backend`` can't run ``request`` with ``algorithm``."""
+    reasons = list(backend.unavailable())
+    if request.dtype not in backend.dtypes:
+        reasons.append(f"{backend.name} does not compute in {request.dtype}; it claims {', '.join(backend.dtypes)}")
+    if algorithm not in backend.algorithms:
+        return [*reasons, f"{backend.name} has no algorithm {algorithm!r}; it has {', '.join(backend.algorithms)}"]
+    return [*reasons, *backend.not_supported(request, algorithm)]
+
+
+def choose_algorithm(backend: Backend, request: Request, algorithm: str | None = None) -> str:
+    """The named algorithm if it can run, else :class:`NotSupported`; without a name the first that can (clause B1)."""
+    if algorithm is not None:
+        if algorithm not in ALGORITHMS:
+            raise UnknownName("algorithm", algorithm, ALGORITHMS)
+        reasons = reasons_against(backend, request, algorithm)
+        if reasons:
+            raise NotSupported(backend.name, algorithm, reasons)
+        return algorithm
+    every: list[str] = []
+    for candidate in backend.algorithms:
+        reasons = reasons_against(backend, request, candidate)
+        if not reasons:
+            return candidate
+        every += [r for r in reasons if r not in every]
+    raise NotSupported(backend.name, None, every)
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(request: Request, algorithm: str, limit: int | None = None) -> Cost:
+    """The estimated cost, or :class:`CostError` where it exceeds ``limit`` bytes (the machine's memory)."""
+    estimate = cost(request, algorithm)
+    available = physical_memory() if limit is None else limit
+    if request.device == "cpu" and estimate.working_bytes > available:
+        raise CostError(
+            f"[B3] {algorithm} on batch {request.batch} in {request.dtype} would need about "
+            f"{estimate.working_bytes / 2**30:,.1f} GiB of working memory: there are {available / 2**30:,.1f} GiB. "
+            "Use a smaller batch, a window (kernel_size), or algorithm='stream'."
+        )
+    return estimate
+
+
+def _prepare(
+    operator: Operator,
+    params: Mapping[str, Array],
+    x: Array,
+    y: Array | None,
+    mask: Array | None,
+    backend: Backend,
+    algorithm: str | None,
+    return_weights: bool,
+) -> tuple[Request, str, dict[str, Array], Inputs]:
+    if not isinstance(operator, Operator):
+        raise InputError(
+            "O1",
+            f"operator is a {type(operator).__name__}",
+            "run takes a translution.spec.Operator",
+            "Build one with a preset, or with translution.spec.operator_from_json",
+        )
+    every = ("float64", "float32", "float16", "bfloat16", "complex128")
+    inputs = check_inputs(operator, params, x, y, mask, every)
+    request = Request(
+        operator,
+        batch=inputs.x.shape[0],
+        dtype=dtype_name(x),
+        device=str(getattr(x, "device", "cpu")).partition(":")[0],
+        mask="none" if mask is None else "bool" if dtype_name(mask) == "bool" else "float",
+        return_weights=return_weights,
+        gradient=any(needs_gradient(a) for a in (x, y, mask, *params.values())),
+    )
+    chosen = choose_algorithm(backend, request, algorithm)
+    check_memory(request, chosen)
+    device = _device(x)
+    own = {name: to_kind(f"parameter {name}", value, backend.kind, device) for name, value in params.items()}
+    flat_x = to_kind("x", inputs.x, backend.kind, device)
+    flat_y = flat_x if inputs.y is inputs.x else to_kind("y", inputs.y, backend.kind, device)
+    flat_mask = None if inputs.mask is None else to_kind("mask", inputs.mask, backend.kind, device)
+    return request, chosen, own, Inputs(flat_x, flat_y, flat_mask, inputs.batch_shape)
+
+
+def _device(like: Array) -> Any:
+    return like.device if kind_of("x", like) == "torch" else None
+
+
+def _returned(value: Array, batch_shape: tuple[int, ...], like: Array) -> Array:
+    """``value`` with the caller's batch dimensions, in the caller's kind of array."""
+    shaped = value.reshape((*batch_shape, *value.shape[1:]))
+    kind = kind_of("x", like)
+    if kind == "numpy" and kind_of("out", shaped) == "torch":
+        shaped = shaped.detach()
+    return to_kind("out", shaped, kind, _device(like))
+
+
+def run(
+    operator: Operator,
+    params: Mapping[str, Array],
+    x: Array,
+    y: Array | None = None,
+    *,
+    mask: Array | None = None,
+    backend: str = "torch",
+    algorithm: str | None = None,
+    return_weights: bool = False,
+) -> Array:
+    """Compute an operator.
+
+    Args:
+        params: arrays by the names and shapes of ``operator.parameters``, of x's dtype; of the backend's kind, or NumPy.
+        x: queries [.., Nq, Cq]; numpy.ndarray or torch.Tensor.
+        y: keys and values [.., Nk, Ck]; None where they are x.
+        mask: broadcastable to [.., H, Nq, Nk]: bool with True = may attend, or a float added to logits (M1, M2).
+        backend: ``reference``, ``numpy``, ``torch``, ``triton``, or ``package.module:attribute``.
+        algorithm: one of the backend's, or None for its first that applies. What is named runs or raises (clause B1).
+        return_weights: also return the weights [.., H, Nq, Nk].
+
+    Returns:
+        out [.., Nq, F] in the dtype and kind of x (clause D1); with ``return_weights`` the pair (out, weights).
+        On the torch backend the result is differentiable.
+
+    Raises:
+        InputError: an array does not fit the operator.
+        NotSupported: the backend or algorithm can't run this; carries every reason.
+        CostError: it would need more memory than the machine has.
+        UnknownName: no such backend or algorithm.
+    """
+    found = get_backend(backend)
+    request, chosen, own, inputs = _prepare(operator, params, x, y, mask, found, algorithm, return_weights)
+    out, weights = found.forward(request, chosen, own, inputs)
+    result = _returned(out, inputs.batch_shape, x)
+    return (result, _returned(weights, inputs.batch_shape, x)) if return_weights else result
+
+
+def vjp(
+    operator: Operator,
+    params: Mapping[str, Array],
+    x: Array,
+    y: Array | None = None,
+    *,
+    cotangent: Array,
+    mask: Array | None = None,
+    backend: str = "numpy",
+    algorithm: str | None = None,
+) -> tuple[Array, Gradients]:
+    """The result and the gradients of <cotangent, out> for x, y and every parameter, on any backend.
+
+    ``cotangent`` has the shape and dtype of the result. In the self case (``y=None``) x's gradient holds both sides.
+    """
+    found = get_backend(backend)
+    request, chosen, own, inputs = _prepare(operator, params, x, y, mask, found, algorithm, False)
+    expected = (*inputs.batch_shape, operator.layout.num_queries, operator.out_features)
+    if tuple(cotangent.shape) != expected or dtype_name(cotangent) != request.dtype:
+        raise InputError(
+            "D1",
+            f"cotangent is {dtype_name(cotangent)} {tuple(cotangent.shape)}",
+            f"it has the dtype and shape of the result, {request.dtype} {expected}",
+            "Give an array like the result of run",
+        )
+    flat = to_kind("cotangent", cotangent.reshape((request.batch, *expected[-2:])), found.kind, _device(x))
+    out, gradients = found.vjp(request, chosen, own, inputs, flat)
+    dx, dy = gradients.x, gradients.y
+    if y is None and dy is not None:
+        dx, dy = dx + dy, None
+    kind, device = kind_of("x", x), _device(x)
+    return _returned(out, inputs.batch_shape, x), Gradients(
+        {name: to_kind(name, value, kind, device) for name, value in gradients.params.items()},
+        _returned(dx, inputs.batch_shape, x),
+        None if dy is None else _returned(dy, inputs.batch_shape, x),
+    )
+
+
+def compile(  # noqa: A001 - as torch.compile
+    operator: Operator, backend: str = "torch", algorithm: str | None = None, plan: Plan | None = None
+) -> Call:
+    """A callable ``call(params, x, y=None, mask=None)`` for one operator: differentiable on torch, pure, safe to share.
+
+    ``plan`` carries operator, backend and algorithm; given together with another operator it is refused.
+    """
+    if plan is not None and plan.operator != operator:
+        raise InputError(
+            "B1", "a plan for another operator", "a plan fits the operator it was made for", "Compile plan.operator"
+        )
+    settled = plan if plan is not None else Plan(operator, backend, algorithm)
+    found = get_backend(settled.backend)
+    unavailable = found.unavailable()
+    if unavailable:
+        raise NotSupported(settled.backend, settled.algorithm, unavailable)
+    if settled.algorithm is not None and settled.algorithm not in ALGORITHMS:
+        raise UnknownName("algorithm", settled.algorithm, ALGORITHMS)
+    return _Compiled(settled)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    plan: Plan
+
+    def __call__(
+        self, params: Mapping[str, Array], x: Array, y: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        return run(
+            self.plan.operator, params, x, y, mask=mask, backend=self.plan.backend, algorithm=self.plan.algorithm
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to compute a request: what it costs, or every reason why it can't run."""
+
+    backend: str
+    algorithm: str | None
+    cost: Cost | None
+    reasons: tuple[str, ...]
+
+
+def explain(request: Request) -> list[Candidate]:
+    """Every backend and algorithm for a request, the default of each backend first among those that run."""
+    found: list[Candidate] = []
+    for name in BACKENDS:
+        try:
+            backend = get_backend(name)
+        except NotSupported as error:
+            found.append(Candidate(name, None, None, error.reasons))
+            continue
+        for algorithm in backend.algorithms:
+            reasons = tuple(reasons_against(backend, request, algorithm))
+            found.append(Candidate(name, algorithm, cost(request, algorithm), reasons))
+    return found

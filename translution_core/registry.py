@@ -1,0 +1,85 @@
+"""Backends by name: the four of the library, or any ``package.module:attribute``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+from translution.algorithms import Request
+from translution.arrays import Array, Kind
+from translution.errors import NotSupported, UnknownName
+from translution.inputs import Inputs
+
+BACKENDS = {
+    "reference": "translution.backends.reference",
+    "numpy": "translution.backends.numpy",
+    "torch": "translution.backends.torch",
+    "triton": "translution.backends.triton",
+}
+
+EXTRAS = ("torch", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Gradients of <cotangent, out>: by parameter name, for x, for y (None in the self case, where x holds both)."""
+
+    params: Mapping[str, Array]
+    x: Array
+    y: Array | None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a backend provides. Arrays are of its ``kind``; :class:`Inputs` are checked and have one batch dimension.
+
+    ``algorithms`` lists what it can run, preferred first; ``dtypes`` what it claims for tokens and parameters.
+    """
+
+    name: str
+    kind: Kind
+    algorithms: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+    def unavailable(self) -> list[str]:
+        """Reasons why nothing runs on this machine; empty where it does."""
+        ...
+
+    def not_supported(self, request: Request, algorithm: str) -> list[str]:
+        """Every reason why this request cannot run with ``algorithm``; empty where it can. Computes nothing."""
+        ...
+
+    def forward(
+        self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs
+    ) -> tuple[Array, Array | None]:
+        """out [B, Nq, F] in the dtype of x, and weights [B, H, Nq, Nk] where the request asks for them."""
+        ...
+
+    def vjp(
+        self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs, cotangent: Array
+    ) -> tuple[Array, Gradients]:
+        """out, and the gradients of <cotangent, out>; y's gradient apart from x's even in the self case."""
+        ...
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; a missing optional library is named, any other failure is the backend's own error."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+    elif name in BACKENDS:
+        module, attribute = BACKENDS[name], "backend"
+    else:
+        raise UnknownName("backend", name, BACKENDS, "Another package's backend is written package.module:attribute.")
+    try:
+        found = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name in EXTRAS:
+            raise NotSupported(
+                name, None, [f"{error.name} is not installed; pip install 'translution[{error.name}]'"]
+            ) from error
+        raise
+    if not isinstance(found, Backend):
+        raise TypeError(
+            f"{name} is a {type(found).__name__}, not a backend: see translution.Backend for what it must provide"
+        )
+    return found
