@@ -56,7 +56,7 @@ $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/verify
 
 # Everything the package depends on is pinned above, setuptools included, so nothing is resolved here.
 $(STAMPS)/package: pyproject.toml $(filter %.whl,$(PACKAGE)) $(STAMPS)/package-name $(STAMPS)/verify
-	$(PIP) install --no-deps --no-build-isolation --force-reinstall $(PACKAGE)
+	PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation --force-reinstall $(PACKAGE)
 	touch $@
 
 # Rewritten only when PACKAGE differs from what is installed.

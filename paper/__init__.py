@@ -1,0 +1,5 @@
+"""The paper (arXiv 2510.10060): its authors' weights, models and experiments on top of the library."""
+
+from translution.paper.weights import load_operator
+
+__all__ = ["load_operator"]

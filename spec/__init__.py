@@ -6,6 +6,7 @@ from translution.spec.encoders import (
     Encoder,
     Identity,
     LowRank,
+    LowRankOutput,
     PerDisplacement,
     Rotary,
     Shared,
@@ -13,8 +14,10 @@ from translution.spec.encoders import (
     Vectors,
 )
 from translution.spec.errors import SpecError
-from translution.spec.layout import Boundary, Lattice, Layout, PairTable, RegisterClass
+from translution.spec.layout import Boundary, Lattice, Layout, RegisterClass
 from translution.spec.operator import Operator
+from translution.spec.pair_table import PairTable
+from translution.spec.preset_text import parse_spec
 from translution.spec.relevance import (
     Bias,
     BiasTable,
@@ -26,6 +29,7 @@ from translution.spec.relevance import (
     SlopeBias,
     Softmax,
 )
+from translution.spec.serialization import operator_from_data, operator_from_json, operator_to_data, operator_to_json
 
 __all__ = [
     "Bias",
@@ -40,6 +44,7 @@ __all__ = [
     "Layout",
     "LogBuckets",
     "LowRank",
+    "LowRankOutput",
     "Mean",
     "Mixture",
     "Ones",
@@ -51,9 +56,14 @@ __all__ = [
     "Relevance",
     "Rotary",
     "Shared",
-    "Softmax",
     "SlopeBias",
+    "Softmax",
     "SpecError",
     "Sum",
     "Vectors",
+    "operator_from_data",
+    "operator_from_json",
+    "operator_to_data",
+    "operator_to_json",
+    "parse_spec",
 ]

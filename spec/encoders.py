@@ -1,15 +1,17 @@
 """Encoders: how a token is projected for a pair of class c (clauses E1 to E10).
 
-Row vectors stand on the left: an encoder maps y in R^C to y W[c] + b[c] in R^(num_heads * width). ``features`` counts the
-features of all heads together; head h owns the h-th contiguous slice. T is the layout's number of classes.
+Row vectors stand on the left: an encoder maps y in R^C to y W[c] + b[c] in R^(num_heads * width). ``features`` counts
+the features of all heads together; head h owns the h-th contiguous slice. T is the layout's number of classes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from translution.spec.checks import MAX_ENCODERS, as_tuple, flag, is_finite, positive
 from translution.spec.errors import SpecError, require
 
 Shape = tuple[int, ...]
@@ -23,17 +25,6 @@ class Context:
     input_features: int
     num_classes: int
     num_heads: int
-
-
-def _positive(clause: str, owner: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        require(
-            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-            clause,
-            f"{owner}({name}={value!r})",
-            f"{name} is a whole number, at least 1",
-            f"Give a positive {name}",
-        )
 
 
 def _divides(clause: str, owner: str, divisor: tuple[str, int], number: tuple[str, int]) -> None:
@@ -51,6 +42,9 @@ class Identity:
     """y itself (clause E3). Parameters: ``bias`` [C] if asked for."""
 
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        flag("E3", "Identity", "bias", self.bias)
 
     def features_for(self, context: Context) -> int:
         """Features of all heads together."""
@@ -73,7 +67,8 @@ class Shared:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        _positive("E4", "Shared", features=self.features, groups=self.groups)
+        positive("E4", "Shared", features=self.features, groups=self.groups)
+        flag("E4", "Shared", "bias", self.bias)
         _divides("E4", "Shared", ("groups", self.groups), ("features", self.features))
 
     def features_for(self, context: Context) -> int:
@@ -90,8 +85,8 @@ class Shared:
 class PerDisplacement:
     """One matrix per class, y W[c] + b (clause E5): the encoder of Translution and of convolution.
 
-    Parameters: ``table`` [T, C, E], or [T, groups, C / groups, E / groups] block-diagonal; ``bias`` [E], the same for every
-    class (a bias per class is a Sum with Vectors).
+    Parameters: ``table`` [T, C, E], or [T, groups, C / groups, E / groups] block-diagonal; ``bias`` [E], the same for
+    every class (a bias per class is a Sum with Vectors).
     """
 
     features: int
@@ -99,7 +94,8 @@ class PerDisplacement:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        _positive("E5", "PerDisplacement", features=self.features, groups=self.groups)
+        positive("E5", "PerDisplacement", features=self.features, groups=self.groups)
+        flag("E5", "PerDisplacement", "bias", self.bias)
         _divides("E5", "PerDisplacement", ("groups", self.groups), ("features", self.features))
 
     def features_for(self, context: Context) -> int:
@@ -116,17 +112,17 @@ class PerDisplacement:
 class LowRank:
     """y D M[c] U: down to ``inner_features``, a small matrix per class, and up again (clause E6).
 
-    The small matrices mix all heads. With ``features=None`` there is no U and the result has ``inner_features`` features.
-    Parameters: ``down`` [C, R], ``table`` [T, R, R], ``up`` [R, E].
+    The small matrices mix all heads. With ``features=None`` there is no U and the result has ``inner_features``
+    features. Parameters: ``down`` [C, R], ``table`` [T, R, R], ``up`` [R, E].
     """
 
     inner_features: int
     features: int | None = None
 
     def __post_init__(self) -> None:
-        _positive("E6", "LowRank", inner_features=self.inner_features)
+        positive("E6", "LowRank", inner_features=self.inner_features)
         if self.features is not None:
-            _positive("E6", "LowRank", features=self.features)
+            positive("E6", "LowRank", features=self.features)
 
     def features_for(self, context: Context) -> int:
         """Features of all heads together."""
@@ -141,7 +137,8 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """A vector per class that does not look at the token, r[c] (clause E7): Shaw's relative encodings, or a bias per class.
+    """A vector per class that does not look at the token, r[c] (clause E7): Shaw's relative encodings, or a bias per
+    class.
 
     Parameters: ``vectors`` [T, E], or [T, E / num_heads] where every head takes the same (``shared_heads``).
     """
@@ -150,7 +147,8 @@ class Vectors:
     shared_heads: bool = False
 
     def __post_init__(self) -> None:
-        _positive("E7", "Vectors", features=self.features)
+        positive("E7", "Vectors", features=self.features)
+        flag("E7", "Vectors", "shared_heads", self.shared_heads)
 
     def features_for(self, context: Context) -> int:
         """Features of all heads together."""
@@ -169,8 +167,7 @@ class Sum:
     parts: tuple[Encoder, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
-        _has_parts("E8", "Sum", self.parts)
+        object.__setattr__(self, "parts", _checked_parts("E8", "Sum", self.parts))
         for part in self.parts:
             require(
                 not isinstance(part, (Rotary, Concat)),
@@ -207,8 +204,7 @@ class Concat:
     parts: tuple[Encoder, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
-        _has_parts("E9", "Concat", self.parts)
+        object.__setattr__(self, "parts", _checked_parts("E9", "Concat", self.parts))
 
     def features_for(self, context: Context) -> int:
         """Features of all heads together."""
@@ -228,8 +224,8 @@ class Rotary:
 
     For a query at p(i) and a key at p(j) with shared matrices, the inner product depends on p(i) - p(j) alone:
     W[delta] = W R(delta). With D = head width and A lattice axes, each axis owns D / (2 A) angles
-    ``position * base ** (-2 k A / D)``, k = 0, 1, ...; axis blocks stand one after another. ``half`` pairs feature u with
-    u + D / 2 (Llama), ``interleaved`` pairs 2u with 2u + 1. Registers are not rotated. Only for queries and keys.
+    ``position * base ** (-2 k A / D)``, k = 0, 1, ...; axis blocks stand one after another. ``half`` pairs feature u
+    with u + D / 2 (Llama), ``interleaved`` pairs 2u with 2u + 1. Registers are not rotated. Only for queries and keys.
     """
 
     inner: Encoder
@@ -238,17 +234,17 @@ class Rotary:
 
     def __post_init__(self) -> None:
         require(
-            _is_encoder(self.inner) and not isinstance(self.inner, Rotary),
+            isinstance(self.inner, ENCODERS) and not any(isinstance(e, Rotary) for e in walk(self.inner)),
             "E10",
             f"Rotary({self.inner!r})",
             "Rotary rotates one encoder, once",
             "Give the encoder to rotate, e.g. Rotary(Shared(64))",
         )
         require(
-            isinstance(self.base, (int, float)) and self.base > 0,
+            is_finite(self.base) and self.base > 0,
             "E10",
             f"Rotary(base={self.base!r})",
-            "base is a positive number",
+            "base is a positive finite number",
             "Give base=10000.0",
         )
         require(
@@ -269,22 +265,53 @@ class Rotary:
         return self.inner.parameters(context)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankOutput:
+    """(o + z U) W + b, an output encoder that brings up the low-rank part of the values (clause O4).
+
+    Each head ends with ``inner_features / num_heads`` low-rank features: z holds those of all heads, o the others. U
+    mixes heads after the weighting, which no value encoder can do: alpha-Translution (arXiv 2510.10060, section 4).
+    Parameters, with C features coming in: ``up`` [R, C - R], ``weight`` [C - R, F], ``bias`` [F].
+    """
+
+    inner_features: int
+    features: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        positive("O4", "LowRankOutput", inner_features=self.inner_features, features=self.features)
+        flag("O4", "LowRankOutput", "bias", self.bias)
+
+    def features_for(self, context: Context) -> int:
+        """Features of the result."""
+        return self.features
+
+    def parameters(self, context: Context) -> Mapping[str, Shape]:
+        """Names and shapes."""
+        full = context.input_features - self.inner_features
+        shapes: dict[str, Shape] = {"up": (self.inner_features, full), "weight": (full, self.features)}
+        return shapes | ({"bias": (self.features,)} if self.bias else {})
+
+
 Encoder = Identity | Shared | PerDisplacement | LowRank | Vectors | Sum | Concat | Rotary
+OutputEncoder = Shared | Identity | LowRankOutput
 ENCODERS = (Identity, Shared, PerDisplacement, LowRank, Vectors, Sum, Concat, Rotary)
 
 
-def _is_encoder(value: object) -> bool:
-    return isinstance(value, ENCODERS)
-
-
-def _has_parts(clause: str, owner: str, parts: tuple[object, ...]) -> None:
+def _checked_parts(clause: str, owner: str, parts: object) -> tuple[Encoder, ...]:
+    rule, remedy = f"{owner} takes a tuple of at least one encoder", f"Give {owner}((Shared(64), Vectors(64)))"
+    given = as_tuple(parts, clause, f"{owner}({parts!r})", rule, remedy)
+    found = tuple(part for part in given if isinstance(part, ENCODERS))
+    require(0 < len(found) == len(given), clause, f"{owner}({parts!r})", rule, remedy)
+    inside = itertools.islice(itertools.chain.from_iterable(walk(part) for part in found), MAX_ENCODERS)
     require(
-        len(parts) >= 1 and all(_is_encoder(part) for part in parts),
+        sum(1 for _ in inside) < MAX_ENCODERS,
         clause,
-        f"{owner}{parts!r}",
-        f"{owner} takes a tuple of at least one encoder",
-        f"Give {owner}((Shared(64), Vectors(64)))",
+        f"{owner} of {len(found)} parts",
+        f"an encoder holds fewer than {MAX_ENCODERS} others, at any depth",
+        "Merge parts: a sum of Shared is one Shared",
     )
+    return found
 
 
 def _grouped(owner: str, inputs: int, features: int, groups: int) -> Shape:
@@ -300,7 +327,7 @@ def _numbered(parts: tuple[Encoder, ...], context: Context) -> Iterator[tuple[st
             yield f"{number}.{name}", shape
 
 
-def walk(encoder: Encoder) -> Iterator[Encoder]:
+def walk(encoder: Encoder | LowRankOutput) -> Iterator[Encoder | LowRankOutput]:
     """The encoder and every encoder inside it, outermost first."""
     yield encoder
     if isinstance(encoder, (Sum, Concat)):
@@ -310,13 +337,10 @@ def walk(encoder: Encoder) -> Iterator[Encoder]:
         yield from walk(encoder.inner)
 
 
-def check_head_width(role: str, encoder: Encoder, context: Context) -> int:
+def check_head_width(role: str, encoder: Encoder | LowRankOutput, context: Context) -> int:
     """Width of one head of ``encoder``, or the reason why there is none."""
     features = encoder.features_for(context)
     _divides("E2", role, ("num_heads", context.num_heads), ("features", features))
-    for inner in walk(encoder):
-        if isinstance(inner, Vectors) and inner.shared_heads:
-            _divides("E7", role, ("num_heads", context.num_heads), ("features", inner.features))
     if isinstance(encoder, Concat):
         for part in encoder.parts:
             check_head_width(role, part, context)

@@ -1,10 +1,11 @@
-"""Where tokens sit, which pairs exist, and which displacement class each pair has (clauses L1 to L8).
+"""Where tokens sit, which pairs exist, and which displacement class each pair has (clauses L1 to L7).
 
 Symbols: query i at p(i), key j at p(j), displacement delta = p(i) - p(j): *query minus key*, the sign of the paper
 (arXiv 2510.10060, section 3). A layout lists the displacements that can occur; a class is one displacement or several
 that share a label. Row r of a table stands for the r-th class of its role in ascending lexicographic order.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -12,42 +13,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from translution.spec.checks import MAX_AXES, MAX_CLASSES, MAX_TOKENS, as_tuple, is_whole, per_axis
 from translution.spec.classes import Clip, FarClasses, LogBuckets
 from translution.spec.errors import SpecError, require
+from translution.spec.pair_table import PairTable
 
 Boundary = Literal["absent", "zeros", "circular", "reflect", "replicate", "shift"]
 Displacement = tuple[int, ...]
 
-MAX_TOKENS = 2**24
-MAX_CLASSES = 2**24
-
 
 @dataclass(frozen=True, slots=True)
 class RegisterClass:
-    """The class of a pair with a register: ``seen_from`` and ``partner`` are a register's number, or None for a grid token."""
+    """The class of a pair with a register: ``seen_from`` and ``partner`` are a register's number, or None for a grid
+    token.
+    """
 
     seen_from: int | None
     partner: int | None
 
 
 Label = Displacement | RegisterClass
-
-
-def _per_axis(name: str, value: int | Sequence[int], rank: int, least: int | None) -> tuple[int, ...]:
-    given = (value,) * rank if isinstance(value, int) else tuple(value)
-    shown = f"{name}={value!r}"
-    require(
-        len(given) == rank and all(isinstance(v, int) and not isinstance(v, bool) for v in given),
-        "L1",
-        shown,
-        f"{name} is one whole number, or one for each of the {rank} axes",
-        f"Give {name} as an int or a tuple of {rank} ints",
-    )
-    if least is not None:
-        require(
-            all(v >= least for v in given), "L1", shown, f"{name} must be at least {least}", f"Give {least} or more"
-        )
-    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +54,9 @@ class Lattice:
         padding: the window's first tap stands ``padding`` steps before the query: displacements are
             ``padding - t * dilation`` for tap t. None centres the window (or ends it at the query on a causal axis).
         offset: lattice position of the first query (a decoding chunk).
-        boundary: what stands beyond the key grid (clause L5): nothing (``absent``), tokens with zero content (``zeros``),
-            the grid continued (``circular``, ``reflect``, ``replicate``), or the window shifted to stay inside (``shift``).
+        boundary: what stands beyond the key grid (clause L5): nothing (``absent``), tokens with zero content
+            (``zeros``), the grid continued (``circular``, ``reflect``, ``replicate``), or the window shifted to stay
+            inside (``shift``).
         far: ``Clip`` or ``LogBuckets`` for displacements that share a class (clause L7).
     """
 
@@ -89,33 +75,38 @@ class Lattice:
 
     def __post_init__(self) -> None:
         rank = len(self.grid) if isinstance(self.grid, (tuple, list)) else 1
-        require(rank >= 1, "L1", f"grid={self.grid!r}", "a lattice has at least one axis", "Give grid=(length,)")
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen dataclass
-        put("grid", _per_axis("grid", self.grid, rank, 1))
+        require(
+            1 <= rank <= MAX_AXES,
+            "L1",
+            f"grid={self.grid!r}",
+            f"a lattice has 1 to {MAX_AXES} axes",
+            "Give grid=(length,), (height, width) or (depth, height, width)",
+        )
+
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("grid", per_axis("grid", self.grid, rank, 1))
         if self.key_grid is not None:
-            put("key_grid", _per_axis("key_grid", self.key_grid, rank, 1))
+            put("key_grid", per_axis("key_grid", self.key_grid, rank, 1))
         for name in ("stride", "key_stride", "dilation"):
-            put(name, _per_axis(name, getattr(self, name), rank, 1))
-        put("offset", _per_axis("offset", self.offset, rank, None))
+            put(name, per_axis(name, getattr(self, name), rank, 1))
+        put("offset", per_axis("offset", self.offset, rank))
         if self.kernel_size is not None:
-            put("kernel_size", _per_axis("kernel_size", self.kernel_size, rank, 1))
+            put("kernel_size", per_axis("kernel_size", self.kernel_size, rank, 1))
         if self.padding is not None:
-            put("padding", _per_axis("padding", self.padding, rank, None))
+            put("padding", per_axis("padding", self.padding, rank))
         if not isinstance(self.causal, bool):
-            flags = tuple(self.causal)
-            require(
-                len(flags) == rank and all(isinstance(f, bool) for f in flags),
-                "L4",
-                f"causal={self.causal!r}",
-                f"causal is one flag, or one for each of the {rank} axes",
-                f"Give a bool or a tuple of {rank} bools",
-            )
+            rule = f"causal is one flag, or one for each of the {rank} axes"
+            told = ("L4", f"causal={self.causal!r}", rule, f"Give a bool or a tuple of {rank} bools")
+            flags = as_tuple(self.causal, *told)
+            require(len(flags) == rank and all(isinstance(f, bool) for f in flags), *told)
             put("causal", flags if any(flags) else False)
         require(
-            isinstance(self.registers, int) and self.registers >= 0,
+            is_whole(self.registers) and 0 <= self.registers <= MAX_TOKENS,
             "L6",
             f"registers={self.registers!r}",
-            "registers is a whole number of tokens, at least 0",
+            f"registers is a whole number of tokens from 0 to {MAX_TOKENS:,}",
             "Give registers=1 for one CLS token",
         )
         require(
@@ -127,11 +118,25 @@ class Lattice:
         )
         self._check_combination()
         require(
-            math.prod(len(self.axis_displacements(axis)) for axis in range(rank)) <= MAX_CLASSES,
+            math.prod(self._count_displacements(axis) for axis in range(rank)) <= MAX_CLASSES,
             "L3",
-            f"grid={self.grid}, kernel_size={self.kernel_size}",
+            f"grid={self.grid}, key_grid={self.key_grid}, kernel_size={self.kernel_size}",
             f"a layout has at most {MAX_CLASSES:,} displacements",
-            "Give a window (kernel_size) or a smaller grid; far=Clip(...) lets far displacements share",
+            "Give a window (kernel_size) or a smaller grid",
+        )
+        require(
+            all(self._displacement_range(axis) for axis in range(rank)),
+            "L3",
+            f"grid={self.grid}, padding={self.padding}, offset={self.offset}, causal={self.causal}",
+            "some displacement must be left on every axis",
+            "Use causal=False, or a padding or offset that lets a query see a key",
+        )
+        require(
+            self.registers * (self.registers + 2) <= MAX_CLASSES,
+            "L6",
+            f"registers={self.registers}",
+            f"every pair of registers has a class of its own, and a layout has at most {MAX_CLASSES:,}",
+            "Use fewer registers",
         )
 
     def _check_combination(self) -> None:
@@ -188,6 +193,14 @@ class Lattice:
                 "on a circle no key comes before another",
                 "Use boundary='absent', or causal=False",
             )
+        if self.boundary == "reflect" or (self.boundary == "replicate" and self.raster_causal):
+            require(
+                self.causal is False,
+                "L4",
+                f"causal={self.causal} with boundary={self.boundary!r}",
+                "a key continued beyond the border can stand for a later key",
+                "Use boundary='absent' or 'zeros', or causal=False",
+            )
         if self.boundary == "reflect":
             for axis in range(self.rank):
                 lowest, highest = self._padded_reach(axis)
@@ -232,22 +245,22 @@ class Lattice:
     @property
     def strides(self) -> tuple[int, ...]:
         """``stride``, one per axis."""
-        return _per_axis("stride", self.stride, self.rank, 1)
+        return per_axis("stride", self.stride, self.rank, 1)
 
     @property
     def key_strides(self) -> tuple[int, ...]:
         """``key_stride``, one per axis."""
-        return _per_axis("key_stride", self.key_stride, self.rank, 1)
+        return per_axis("key_stride", self.key_stride, self.rank, 1)
 
     @property
     def dilations(self) -> tuple[int, ...]:
         """``dilation``, one per axis."""
-        return _per_axis("dilation", self.dilation, self.rank, 1)
+        return per_axis("dilation", self.dilation, self.rank, 1)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """``offset``, one per axis."""
-        return _per_axis("offset", self.offset, self.rank, None)
+        return per_axis("offset", self.offset, self.rank)
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -256,7 +269,7 @@ class Lattice:
             raise SpecError(
                 "L2", "kernel_size=None", "this layout has no window", "Ask only where kernel_size is given"
             )
-        return _per_axis("kernel_size", self.kernel_size, self.rank, 1)
+        return per_axis("kernel_size", self.kernel_size, self.rank, 1)
 
     @property
     def raster_causal(self) -> bool:
@@ -274,7 +287,7 @@ class Lattice:
     def paddings(self) -> tuple[int, ...]:
         """Steps from the query back to its window's first tap, one per axis."""
         if self.padding is not None:
-            return _per_axis("padding", self.padding, self.rank, None)
+            return per_axis("padding", self.padding, self.rank)
         return tuple(
             d * (k - 1) if causal else d * ((k - 1) // 2)
             for k, d, causal in zip(self.window, self.dilations, self.axis_causal, strict=True)
@@ -296,31 +309,60 @@ class Lattice:
         return self.keys == self.grid
 
     def _padded_reach(self, axis: int) -> tuple[int, int]:
-        seen = self.axis_displacements(axis)
+        first, size, step = self.paddings[axis], self.window[axis], self.dilations[axis]
         last = self.strides[axis] * (self.grid[axis] - 1)
-        return self.offsets[axis] - seen[-1], self.offsets[axis] + last - seen[0]
+        return self.offsets[axis] - first, self.offsets[axis] + last - first + (size - 1) * step
 
-    def axis_displacements(self, axis: int) -> tuple[int, ...]:
-        """Displacements along one axis, ascending, before classes are shared (clause L2)."""
+    def _displacement_range(self, axis: int) -> range:
+        """Multiples between the extreme displacements of an axis; without a window and strided, some may not occur."""
         if self.kernel_size is None:
             queries, keys = self.grid[axis], self.keys[axis]
             if self.boundary == "circular":
-                return tuple(range(-(keys // 2), keys - keys // 2))
+                return range(-(keys // 2), keys - keys // 2)
             step, key_step, start = self.strides[axis], self.key_strides[axis], self.offsets[axis]
-            if step == key_step == 1:
-                found: Sequence[int] = range(start - keys + 1, start + queries)
-            else:
-                found = sorted({start + step * a - key_step * b for a in range(queries) for b in range(keys)})
+            found = range(start - key_step * (keys - 1), start + step * (queries - 1) + 1, math.gcd(step, key_step))
         elif self.boundary == "shift":
             reach, step = self.window[axis] - 1, self.dilations[axis]
             found = range(-reach * step, reach * step + 1, step)
         else:
             first, step = self.paddings[axis], self.dilations[axis]
             found = range(first - (self.window[axis] - 1) * step, first + 1, step)
-        return tuple(d for d in found if d >= 0) if self.axis_causal[axis] else tuple(found)
+        return found[bisect.bisect_left(found, 0) :] if self.axis_causal[axis] else found
+
+    def _displacements(self, axis: int) -> Sequence[int]:
+        """Displacements that occur along one axis, ascending; a range where that says it all."""
+        found = self._displacement_range(axis)
+        step, key_step, start = self.strides[axis], self.key_strides[axis], self.offsets[axis]
+        if self.kernel_size is not None or self.boundary == "circular" or step == key_step == 1:
+            return found
+        least = 0 if self.axis_causal[axis] else None
+        seen = (start + step * a - key_step * b for a in range(self.grid[axis]) for b in range(self._partners(axis, a)))
+        return sorted(d for d in seen if least is None or d >= least)
+
+    def _partners(self, axis: int, query: int) -> int:
+        """Keys, from the first, that have a displacement from this query which no earlier query has from any key."""
+        common = math.gcd(self.strides[axis], self.key_strides[axis])
+        if query < self.key_strides[axis] // common:
+            return self.keys[axis]
+        return min(self.keys[axis], self.strides[axis] // common)
+
+    def _count_displacements(self, axis: int) -> int:
+        """An upper bound that builds nothing."""
+        bound = len(self._displacement_range(axis))
+        if self.kernel_size is not None or self.boundary == "circular":
+            return bound
+        late = self._partners(axis, self.grid[axis] - 1)
+        early = min(self.grid[axis], self.key_strides[axis])
+        return min(bound, early * self.keys[axis] + (self.grid[axis] - early) * late)
+
+    def axis_displacements(self, axis: int) -> tuple[int, ...]:
+        """Displacements along one axis, ascending, before classes are shared (clause L2)."""
+        return tuple(self._displacements(axis))
 
     def label(self, displacement: Displacement) -> Displacement:
-        """The class label of a displacement: itself (on a circle the short way round), or its representative under ``far``."""
+        """The class label of a displacement: itself (on a circle the short way round), or its representative under
+        ``far``.
+        """
         if self.boundary == "circular" and self.kernel_size is None:
             displacement = tuple((d + n // 2) % n - n // 2 for d, n in zip(displacement, self.keys, strict=True))
         if self.far is None:
@@ -360,108 +402,33 @@ class Lattice:
 
 @functools.lru_cache(maxsize=1024)
 def _count_classes(layout: Lattice) -> int:
-    if layout.far is None and not layout.raster_causal:
-        grid = math.prod(len(layout.axis_displacements(axis)) for axis in range(layout.rank))
-    else:
-        grid = len(layout._grid_labels(1))
-    return grid + len(layout._register_labels(False))
+    """``len(layout.labels())`` without building the labels: far classes act on each axis by itself."""
+    counts = [_axis_labels(layout, layout._displacements(axis)) for axis in range(layout.rank)]
+    grid = math.prod(len(labels) for labels in counts)
+    if layout.raster_causal:
+        grid, rest = 1, 1
+        for axis in reversed(range(layout.rank)):
+            seen = layout._displacements(axis)
+            later = _axis_labels(layout, seen[bisect.bisect_right(seen, 0) :])
+            # A first difference of 0 leaves the order to the axes after it; if 0 is also the label of later rows,
+            # those hold all.
+            here = grid if 0 in seen and 0 not in later else 0
+            grid, rest = len(later) * rest + here, rest * len(counts[axis])
+    registers = layout.registers
+    if layout.causal is False:
+        return grid + registers * (registers + 2)
+    return grid + registers * (registers + 1) // 2 + registers
 
 
-@dataclass(frozen=True, slots=True)
-class PairTable:
-    """An explicit class for every ordered pair: graphs, molecules, binned points (clause L8).
-
-    Args:
-        classes: ``classes[i][j]`` is c(i, j), from 0 to ``num_classes - 1``, or -1 where j is outside i's support.
-        num_classes: rows of every table.
-        key_classes: ``key_classes[i][j]`` is c(j, i), the pair seen from the key. None takes ``classes[j][i]``, which needs
-            as many keys as queries and a support that is its own mirror image.
-    """
-
-    classes: tuple[tuple[int, ...], ...]
-    num_classes: int
-    key_classes: tuple[tuple[int, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", self._checked("classes", self.classes))
-        if self.key_classes is not None:
-            object.__setattr__(self, "key_classes", self._checked("key_classes", self.key_classes))
-        elif self.is_self:
-            for i, row in enumerate(self.classes):
-                for j, c in enumerate(row):
-                    require(
-                        (c < 0) == (self.classes[j][i] < 0),
-                        "L8",
-                        f"pair ({i}, {j}) has class {c}, its mirror has {self.classes[j][i]}",
-                        "without key_classes the support must be its own mirror image",
-                        "Give key_classes, the class of each pair seen from the key",
-                    )
-        seen = self.reversed_classes()
-        require(
-            len(seen) == self.num_queries
-            and all(
-                (a < 0) == (b < 0) for r, s in zip(self.classes, seen, strict=True) for a, b in zip(r, s, strict=True)
-            ),
-            "L8",
-            "key_classes",
-            "key_classes has the shape and the support of classes",
-            "Mark the same pairs absent (-1) in both",
-        )
-
-    def _checked(self, name: str, table: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        rows = tuple(tuple(row) for row in table)
-        require(
-            len(rows) > 0 and len(rows[0]) > 0 and len({len(row) for row in rows}) == 1,
-            "L8",
-            f"{name} with row lengths {sorted({len(row) for row in rows})}",
-            f"{name} is one row per query, one entry per key, all rows equally long",
-            "Pad short rows with -1, which means absent",
-        )
-        require(
-            isinstance(self.num_classes, int) and 1 <= self.num_classes <= MAX_CLASSES,
-            "L8",
-            f"num_classes={self.num_classes!r}",
-            f"num_classes is a whole number from 1 to {MAX_CLASSES:,}",
-            "Give one more than the largest class",
-        )
-        for i, row in enumerate(rows):
-            for j, c in enumerate(row):
-                require(
-                    isinstance(c, int) and -1 <= c < self.num_classes,
-                    "L8",
-                    f"{name}[{i}][{j}]={c!r}",
-                    f"a class is -1 (absent) or 0 to {self.num_classes - 1}",
-                    "Raise num_classes or correct the entry",
-                )
-        return rows
-
-    def reversed_classes(self) -> tuple[tuple[int, ...], ...]:
-        """c(j, i) for every pair, in the shape of ``classes``."""
-        if self.key_classes is not None:
-            return self.key_classes
-        require(
-            self.is_self,
-            "L8",
-            f"{self.num_queries} queries, {self.num_keys} keys and no key_classes",
-            "c(j, i) follows from classes only where queries and keys are the same tokens",
-            "Give key_classes",
-        )
-        return tuple(zip(*self.classes, strict=True))
-
-    @property
-    def num_queries(self) -> int:
-        """Number of query tokens."""
-        return len(self.classes)
-
-    @property
-    def num_keys(self) -> int:
-        """Number of key tokens."""
-        return len(self.classes[0])
-
-    @property
-    def is_self(self) -> bool:
-        """Whether queries and keys can be one sequence."""
-        return self.num_queries == self.num_keys
+def _axis_labels(layout: Lattice, displacements: Sequence[int]) -> Sequence[int]:
+    """Distinct labels of ascending displacements of one axis; labels ascend with them."""
+    if layout.far is None:
+        return displacements
+    far, labels, start = layout.far, list[int](), 0
+    while start < len(displacements):
+        labels.append(far.label(displacements[start]))
+        start = bisect.bisect_right(displacements, labels[-1], lo=start, key=far.label)
+    return labels
 
 
 Layout = Lattice | PairTable

@@ -4,11 +4,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from translution.spec.checks import MAX_FEATURES, MAX_PARAMETERS, is_finite, is_whole
 from translution.spec.encoders import (
     ENCODERS,
     Context,
     Encoder,
     Identity,
+    LowRankOutput,
+    OutputEncoder,
     Rotary,
     Shape,
     Shared,
@@ -17,11 +20,9 @@ from translution.spec.encoders import (
     walk,
 )
 from translution.spec.errors import require
-from translution.spec.layout import Lattice, Layout, PairTable
+from translution.spec.layout import Lattice, Layout
+from translution.spec.pair_table import PairTable
 from translution.spec.relevance import RELEVANCES, BiasTable, Mixture, Relevance, SlopeBias, Softmax, branches
-
-MAX_FEATURES = 2**20
-MAX_PARAMETERS = 2**38
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class Operator:
         a_ij^h = relevance(l_i^h) over the support of i
         out_i  = O(output_scale * concat_h sum_j a_ij^h v_ij^h)
 
-    The paper (arXiv 2510.10060, section 3) writes f for x and y, W^q[delta] for the row c(i,j) of Q's table, C' for all heads'
-    features; its key row W^k[-delta] is our c(j,i).
+    The paper (arXiv 2510.10060, section 3) writes f for x and y, W^q[delta] for the row c(i,j) of Q's table, C' for
+    all heads' features; its key row W^k[-delta] is our c(j,i).
 
     Args:
         layout: positions, support and displacement classes.
@@ -43,7 +44,7 @@ class Operator:
         value: the value encoder.
         query, key: encoders; both None where the relevance does not look at content.
         relevance: Softmax, Ones, Mean or a Mixture.
-        output: Shared or Identity over the concatenated heads; None leaves them as they are.
+        output: Shared, Identity or LowRankOutput over the concatenated heads; None leaves them as they are.
         key_dim: channels Ck of keys and values; None for ``dim``.
         output_scale: factor of the concatenated heads, before the output encoder (1/2 in alpha-Translution).
     """
@@ -55,7 +56,7 @@ class Operator:
     query: Encoder | None = None
     key: Encoder | None = None
     relevance: Relevance = Softmax()
-    output: Shared | Identity | None = None
+    output: OutputEncoder | None = None
     key_dim: int | None = None
     output_scale: float = 1.0
 
@@ -69,14 +70,14 @@ class Operator:
         )
         for name, value in (("dim", self.dim), ("num_heads", self.num_heads), ("key_dim", self.keys_dim)):
             require(
-                isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_FEATURES,
+                is_whole(value) and 1 <= value <= MAX_FEATURES,
                 "O1",
                 f"{name}={value!r}",
                 f"{name} is a whole number from 1 to {MAX_FEATURES:,}",
                 f"Give a positive {name}",
             )
         require(
-            isinstance(self.output_scale, (int, float)) and math.isfinite(self.output_scale),
+            is_finite(self.output_scale),
             "O3",
             f"output_scale={self.output_scale!r}",
             "output_scale is a finite number",
@@ -110,12 +111,21 @@ class Operator:
                 f"Give {role}=Shared(features)",
             )
         require(
-            self.output is None or isinstance(self.output, (Shared, Identity)),
+            self.output is None or isinstance(self.output, (Shared, Identity, LowRankOutput)),
             "O2",
             f"output={self.output!r}",
-            "output is Shared, Identity or None: it sees one token, not a pair",
+            "output is Shared, Identity, LowRankOutput or None: it sees one token, not a pair",
             "Give output=Shared(features, bias=True)",
         )
+        if isinstance(self.output, LowRankOutput):
+            low_rank, found = self.output.inner_features, self.output_context.input_features
+            require(
+                low_rank % self.num_heads == 0 and low_rank < found,
+                "O4",
+                f"inner_features={low_rank} with num_heads={self.num_heads} and {found} value features",
+                "inner_features is a multiple of num_heads and less than the value features",
+                "Give the features of the value's low-rank part, e.g. value=Concat((Shared(192), LowRank(24)))",
+            )
         require(
             (self.query is not None) == self.uses_content and (self.key is not None) == self.uses_content,
             "R7",
@@ -147,9 +157,9 @@ class Operator:
             )
             assert isinstance(self.layout, Lattice)
             rotary_angles(role, check_head_width(role, inner, context), self.layout.rank)
-        for role, encoder, context in self._roles():
-            if encoder is not None:
-                check_head_width(role, encoder, context)
+        for role, projection, context in self._roles():
+            if projection is not None:
+                check_head_width(role, projection, context)
         if self.query is not None and self.key is not None:
             q, k = self.head_dim, check_head_width("key", self.key, self.key_context)
             require(
@@ -200,7 +210,7 @@ class Operator:
         """What the output encoder is sized by."""
         return Context(self.value.features_for(self.key_context), 1, 1)
 
-    def _roles(self) -> Iterator[tuple[str, Encoder | None, Context]]:
+    def _roles(self) -> Iterator[tuple[str, Encoder | LowRankOutput | None, Context]]:
         yield "query", self.query, self.query_context
         yield "key", self.key, self.key_context
         yield "value", self.value, self.key_context

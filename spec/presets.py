@@ -1,18 +1,21 @@
 """Operators by name. Each is a function that returns an :class:`Operator`; nothing here computes.
 
-``grid`` is the token grid; ``(length,)`` in 1-D, ``(height, width)`` in 2-D. On the command line the same presets are written
-``NAME1d:length=L,...``, ``NAME2d:height=H,width=W,...``, ``NAME3d:depth=D,height=H,width=W,...`` or ``NAME:grid=HxW,...``.
+``grid`` is the token grid; ``(length,)`` in 1-D, ``(height, width)`` in 2-D. On the command line the same presets are
+written ``NAME1d:length=L,...``, ``NAME2d:height=H,width=W,...``, ``NAME3d:depth=D,height=H,width=W,...`` or
+``NAME:grid=HxW,...``.
 """
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from translution.spec.checks import per_axis, positive
 from translution.spec.classes import Clip, FarClasses, LogBuckets
 from translution.spec.encoders import (
     Concat,
     Encoder,
     Identity,
     LowRank,
+    LowRankOutput,
     Pairing,
     PerDisplacement,
     Rotary,
@@ -30,17 +33,20 @@ Roles = Literal["qkv", "qk", "qv", "kv", "q", "k", "v"]
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 
 
-def _head_features(dim: int, num_heads: int, head_dim: int | None) -> int:
+def _width(dim: int, num_heads: int, head_dim: int | None = None) -> int:
+    """Features of all heads together: num_heads * head_dim, or dim where head_dim is not given."""
+    positive("O1", "preset", dim=dim, num_heads=num_heads)
     if head_dim is not None:
-        return head_dim * num_heads
+        positive("O1", "preset", head_dim=head_dim)
+        return num_heads * head_dim
     require(
-        num_heads >= 1 and dim % num_heads == 0,
+        dim % num_heads == 0,
         "O1",
         f"dim={dim}, num_heads={num_heads}",
         "dim must be divisible by num_heads where head_dim is not given",
         "Change num_heads to a divisor of dim, or give head_dim",
     )
-    return dim // num_heads
+    return dim
 
 
 def _check_roles(roles: str) -> None:
@@ -53,8 +59,8 @@ def _check_roles(roles: str) -> None:
     )
 
 
-def _each(value: Axes, rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
+def _extents(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return per_axis("grid", grid, len(grid) if isinstance(grid, (tuple, list)) else 1, 1)
 
 
 def translution(
@@ -78,7 +84,7 @@ def translution(
     Parameters: ``|roles| T C C' + (3 - |roles|) C C' + C' C + C`` with T classes, C = dim, C' = num_heads * head_dim.
     """
     _check_roles(roles)
-    width = num_heads * head_dim if head_dim else num_heads * _head_features(dim, num_heads, None)
+    width = _width(dim, num_heads, head_dim)
 
     def encoder(role: str) -> Encoder:
         kind = PerDisplacement if role in roles else Shared
@@ -122,11 +128,13 @@ def alpha_translution(
 ) -> Operator:
     """Alpha-Translution (arXiv 2510.10060, section 4): attention averaged with a low-rank relative branch.
 
-    ``rank`` is the inner width per head (C1 = num_heads * rank). Queries and keys concatenate a shared and a low-rank part,
-    values add them; the scale and the output are halved where both parts are present. ``rotary`` turns the shared queries and keys.
+    ``rank`` is the inner width per head (C1 = num_heads * rank). Queries and keys concatenate a shared and a low-rank
+    part, values too, and the output adds the two; scale and output are halved where both parts are present.
+    ``rotary`` turns the shared queries and keys.
     """
     _check_roles(roles)
-    width = num_heads * (head_dim or _head_features(dim, num_heads, None))
+    positive("E6", "alpha_translution", rank=rank)
+    width = _width(dim, num_heads, head_dim)
     inner = num_heads * rank
     relative_logits = "q" in roles or "k" in roles
 
@@ -153,9 +161,9 @@ def alpha_translution(
         num_heads=num_heads,
         query=logit_encoder("q"),
         key=logit_encoder("k"),
-        value=Sum((Shared(width), LowRank(inner, width))) if "v" in roles else Shared(width),
+        value=Concat((Shared(width), LowRank(inner))) if "v" in roles else Shared(width),
         relevance=Softmax(scale=scale / 2 if relative_logits else scale),
-        output=Shared(dim, bias=output_bias),
+        output=LowRankOutput(inner, dim, bias=output_bias) if "v" in roles else Shared(dim, bias=output_bias),
         output_scale=0.5 if "v" in roles else 1.0,
     )
 
@@ -173,7 +181,8 @@ def convolution(
     bias: bool = True,
     padding_mode: PaddingMode = "zeros",
 ) -> Operator:
-    """Convolution as ``torch.nn.Conv*d`` computes it, on a fixed input ``grid``: a matrix per displacement, relevance ones.
+    """Convolution as ``torch.nn.Conv*d`` computes it, on a fixed input ``grid``: a matrix per displacement, relevance
+    ones.
 
     Kernel tap t along an axis stands at displacement ``padding - t * dilation``: table rows run against the taps.
     """
@@ -184,8 +193,10 @@ def convolution(
         f"padding_mode is one of {', '.join(get_args(PaddingMode))}",
         "Choose one of these",
     )
+    grid = _extents(grid)
     rank = len(grid)
-    sizes, steps, pads, gaps = (_each(v, rank) for v in (kernel_size, stride, padding, dilation))
+    sizes, steps = per_axis("kernel_size", kernel_size, rank, 1), per_axis("stride", stride, rank, 1)
+    pads, gaps = per_axis("padding", padding, rank, 0), per_axis("dilation", dilation, rank, 1)
     out = tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(grid, pads, gaps, sizes, steps, strict=True)
     )
@@ -221,12 +232,16 @@ def transposed_convolution(
     groups: int = 1,
     bias: bool = True,
 ) -> Operator:
-    """Transposed convolution as ``torch.nn.ConvTranspose*d`` computes it: keys stand ``stride`` apart on the output's lattice.
+    """Transposed convolution as ``torch.nn.ConvTranspose*d`` computes it: keys stand ``stride`` apart on the output's
+    lattice.
 
     Kernel tap t along an axis stands at displacement ``t * dilation - padding``: table rows run with the taps.
     """
+    grid = _extents(grid)
     rank = len(grid)
-    sizes, steps, pads, more, gaps = (_each(v, rank) for v in (kernel_size, stride, padding, output_padding, dilation))
+    sizes, steps = per_axis("kernel_size", kernel_size, rank, 1), per_axis("stride", stride, rank, 1)
+    pads, gaps = per_axis("padding", padding, rank, 0), per_axis("dilation", dilation, rank, 1)
+    more = per_axis("output_padding", output_padding, rank, 0)
     out = tuple(
         (n - 1) * s - 2 * p + d * (k - 1) + o + 1
         for n, s, p, d, k, o in zip(grid, steps, pads, gaps, sizes, more, strict=True)
@@ -307,8 +322,10 @@ def self_attention(
     out_features: int | None = None,
     scale: float | None = None,
 ) -> Operator:
-    """Multi-head attention (Vaswani et al. 2017): one matrix for every displacement. ``key_grid`` makes it cross-attention."""
-    width = num_heads * (head_dim or _head_features(dim, num_heads, None))
+    """Multi-head attention (Vaswani et al. 2017): one matrix for every displacement. ``key_grid`` makes it
+    cross-attention.
+    """
+    width = _width(dim, num_heads, head_dim)
     return Operator(
         layout=Lattice(grid, key_grid=key_grid, registers=registers, causal=causal),
         dim=dim,
@@ -334,8 +351,10 @@ def neighborhood_attention(
     qkv_bias: bool = False,
     output_bias: bool = True,
 ) -> Operator:
-    """Neighborhood attention (Hassani et al. 2023): a window that shifts to stay inside the grid; ``bias`` adds a BiasTable."""
-    width = num_heads * _head_features(dim, num_heads, None)
+    """Neighborhood attention (Hassani et al. 2023): a window that shifts to stay inside the grid; ``bias`` adds a
+    BiasTable.
+    """
+    width = _width(dim, num_heads)
     return Operator(
         layout=Lattice(grid, causal=causal, kernel_size=kernel_size, dilation=dilation, boundary="shift"),
         dim=dim,
@@ -362,7 +381,7 @@ def rope_attention(
     output_bias: bool = True,
 ) -> Operator:
     """Attention with rotary positions (Su et al. 2021), on a lattice of any rank; registers are not rotated."""
-    width = num_heads * (head_dim or _head_features(dim, num_heads, None))
+    width = _width(dim, num_heads, head_dim)
     return Operator(
         layout=Lattice(grid, registers=registers, causal=causal),
         dim=dim,
@@ -388,10 +407,10 @@ def shaw_attention(
 ) -> Operator:
     """A vector per displacement added to keys and values (Shaw et al. 2018, equations 3 and 4).
 
-    With ``values=False`` on a 2-D grid: the relative logits of BoTNet and HaloNet (Srinivas et al. 2021, Vaswani et al. 2021),
-    whose row and column vectors add up to one vector per displacement.
+    With ``values=False`` on a 2-D grid: the relative logits of BoTNet and HaloNet (Srinivas et al. 2021, Vaswani et
+    al. 2021), whose row and column vectors add up to one vector per displacement.
     """
-    width = num_heads * _head_features(dim, num_heads, None)
+    width = _width(dim, num_heads)
     relative = Sum((Shared(width, bias=qkv_bias), Vectors(width, shared_heads=shared_heads)))
     return Operator(
         layout=Lattice(grid, causal=causal, far=None if max_distance is None else Clip(max_distance)),
@@ -405,8 +424,10 @@ def shaw_attention(
 
 
 def swin_attention(grid: tuple[int, ...], dim: int, num_heads: int, *, qkv_bias: bool = True) -> Operator:
-    """Attention inside one window with a bias per displacement and head (Liu et al. 2021, equation 4); ``grid`` is the window."""
-    width = num_heads * _head_features(dim, num_heads, None)
+    """Attention inside one window with a bias per displacement and head (Liu et al. 2021, equation 4); ``grid`` is
+    the window.
+    """
+    width = _width(dim, num_heads)
     return Operator(
         layout=Lattice(grid),
         dim=dim,
@@ -429,8 +450,11 @@ def t5_attention(
     max_distance: int = 128,
     causal: bool = False,
 ) -> Operator:
-    """Attention with log-bucketed biases and no scale (Raffel et al. 2020). ``num_buckets`` counts as T5 does: both directions."""
-    width = num_heads * (head_dim or _head_features(dim, num_heads, None))
+    """Attention with log-bucketed biases and no scale (Raffel et al. 2020). ``num_buckets`` counts as T5 does: both
+    directions.
+    """
+    width = _width(dim, num_heads, head_dim)
+    positive("L7", "t5_attention", num_buckets=num_buckets)
     return Operator(
         layout=Lattice(grid, causal=causal, far=LogBuckets(num_buckets if causal else num_buckets // 2, max_distance)),
         dim=dim,
@@ -454,7 +478,7 @@ def alibi_attention(
     output_bias: bool = True,
 ) -> Operator:
     """Attention with a linear penalty on distance (Press et al. 2022)."""
-    width = num_heads * _head_features(dim, num_heads, None)
+    width = _width(dim, num_heads)
     return Operator(
         layout=Lattice(grid, causal=causal),
         dim=dim,
@@ -468,8 +492,10 @@ def alibi_attention(
 
 
 def convit_attention(grid: tuple[int, ...], dim: int, num_heads: int, *, output_bias: bool = True) -> Operator:
-    """Gated positional self-attention (d'Ascoli et al. 2021, equation 7): content and position mixed by a gate per head."""
-    width = num_heads * _head_features(dim, num_heads, None)
+    """Gated positional self-attention (d'Ascoli et al. 2021, equation 7): content and position mixed by a gate per
+    head.
+    """
+    width = _width(dim, num_heads)
     return Operator(
         layout=Lattice(grid),
         dim=dim,

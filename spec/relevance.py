@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from translution.spec.checks import as_tuple, is_finite
 from translution.spec.errors import require
 
 Shape = tuple[int, ...]
@@ -24,15 +24,24 @@ class BiasTable:
 class SlopeBias:
     """-slope_h * |delta|_1, without parameters (clause R5): ALiBi (Press et al. 2022, section 3). 0 for register pairs.
 
-    ``slopes=None`` takes the geometric sequence of the paper: with n the largest power of two not above num_heads, head h < n
-    has 2^(-8 (h + 1) / n), and the heads beyond take every other slope of the sequence for 2n.
+    ``slopes=None`` takes the geometric sequence of the paper: with n the largest power of two not above num_heads,
+    head h < n has 2^(-8 (h + 1) / n), and the heads beyond take every other slope of the sequence for 2n.
     """
 
     slopes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.slopes is not None:
-            object.__setattr__(self, "slopes", tuple(float(s) for s in self.slopes))
+        if self.slopes is None:
+            return
+        shown, rule, remedy = (
+            f"SlopeBias(slopes={self.slopes!r})",
+            "slopes is one finite number per head",
+            "Give a tuple of floats, or None for those of ALiBi",
+        )
+        given = as_tuple(self.slopes, "R5", shown, rule, remedy)
+        slopes = tuple(float(s) for s in given if is_finite(s))
+        require(len(slopes) == len(given), "R5", shown, rule, remedy)
+        object.__setattr__(self, "slopes", slopes)
 
     def parameters(self, num_heads: int, num_classes: int, rank: int) -> Mapping[str, Shape]:
         """None."""
@@ -42,21 +51,22 @@ class SlopeBias:
         """One slope per head."""
         if self.slopes is not None:
             require(
-                len(self.slopes) == num_heads and all(math.isfinite(s) for s in self.slopes),
+                len(self.slopes) == num_heads,
                 "R5",
                 f"SlopeBias(slopes={self.slopes}) with num_heads={num_heads}",
                 "slopes is one finite number per head",
                 f"Give {num_heads} slopes, or None for those of ALiBi",
             )
             return self.slopes
-        near = 2 ** int(math.log2(num_heads))
+        near = 2 ** (num_heads.bit_length() - 1)
         first = [2.0 ** (-8.0 * (h + 1) / near) for h in range(near)]
         return tuple(first + [2.0 ** (-4.0 * (2 * h + 1) / near) for h in range(num_heads - near)])
 
 
 @dataclass(frozen=True, slots=True)
 class QuadraticBias:
-    """w_h . (-delta, |delta|^2) per head (clause R5): the positional scores of ConViT (d'Ascoli et al. 2021, equation 5).
+    """w_h . (-delta, |delta|^2) per head (clause R5): the positional scores of ConViT (d'Ascoli et al. 2021, equation
+    5).
 
     ConViT counts key minus query, hence -delta. 0 for register pairs. Parameters: ``weight`` [num_heads, rank + 1].
     """
@@ -86,10 +96,7 @@ class Softmax:
 
     def __post_init__(self) -> None:
         require(
-            self.scale is None
-            or (
-                isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool) and math.isfinite(self.scale)
-            ),
+            self.scale is None or is_finite(self.scale),
             "R6",
             f"Softmax(scale={self.scale!r})",
             "scale is a finite number, or None for head_dim ** -0.5",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from translution import spec
     from translution.algorithms import ALGORITHMS, Cost, Request
     from translution.errors import CostError, InputError, NotSupported, UnknownName
-    from translution.execution import Candidate, Plan, compile, explain, run, vjp  # noqa: A004 - as torch.compile
+    from translution.execution import Candidate, CompiledOperator, Plan, compile, explain, run, vjp  # noqa: A004 - as torch.compile
     from translution.registry import BACKENDS, Backend, Gradients, get_backend
     from translution.spec import Operator, SpecError
 
@@ -19,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Candidate",
+    "CompiledOperator",
     "Cost",
     "CostError",
     "Gradients",
@@ -41,7 +42,7 @@ __all__ = [
 _HOMES = {
     "translution.algorithms": ("ALGORITHMS", "Cost", "Request"),
     "translution.errors": ("CostError", "InputError", "NotSupported", "UnknownName"),
-    "translution.execution": ("Candidate", "Plan", "compile", "explain", "run", "vjp"),
+    "translution.execution": ("Candidate", "CompiledOperator", "Plan", "compile", "explain", "run", "vjp"),
     "translution.registry": ("BACKENDS", "Backend", "Gradients", "get_backend"),
     "translution.spec": ("Operator", "SpecError"),
 }

@@ -69,7 +69,9 @@ def _why_not_convolution(request: Request) -> list[str]:
         reasons.append(f"conv: native convolutions have at most 3 axes, the lattice has {layout.rank}")
     if layout.num_classes != math.prod(layout.window):
         reasons.append("conv: the causal order cuts the window")
-    if max(layout.key_strides) > 1 and (max(layout.strides) > 1 or any(layout.offsets)):
+    if any(layout.offsets):
+        reasons.append("conv: the query grid has an offset")
+    if max(layout.key_strides) > 1 and max(layout.strides) > 1:
         reasons.append("conv: query stride and key stride together")
     if [branch.kind for branch in form.branches] != ["ones"]:
         reasons.append("conv: the relevance is not Ones")
@@ -98,7 +100,7 @@ def _why_not_attention(request: Request) -> list[str]:
         reasons.append(f"sdpa: {', '.join(form.relative_roles)} differ between displacements")
     if isinstance(layout, Lattice) and layout.boundary in ("zeros", "reflect", "replicate"):
         reasons.append(f"sdpa: boundary {layout.boundary!r} links a query to padded keys")
-    elif geometry(layout).repeats_pairs:
+    elif isinstance(layout, Lattice) and layout.boundary == "circular" and geometry(layout).repeats_pairs:
         reasons.append("sdpa: some key appears twice in a window")
     if request.return_weights:
         reasons.append("sdpa: scaled_dot_product_attention returns no weights")
@@ -131,6 +133,8 @@ def cost(request: Request, algorithm: str) -> Cost:
     flops += 2 * links * sum(features.values())
     if form.output is not None:
         flops += _linear_flops(form.output, shapes, 0, queries)
+    if form.uplift is not None:
+        flops += 2 * queries * math.prod(shapes[form.uplift.name])
     encoded = sum(tokens[name] * width for name, width in features.items()) + queries * operator.out_features
     logits = 2 * heads * links
     working = {

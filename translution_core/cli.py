@@ -1,15 +1,12 @@
-"""The command line. Exit codes: 0 holds, 1 does not hold, 2 wrong use. Everything heavy is imported by the command itself."""
+"""The command line. Exit codes: 0 holds, 1 does not hold, 2 wrong use. A command imports what it needs itself."""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from translution.conformance.results import Row
 
 app = typer.Typer(
     name="translution",

@@ -4,7 +4,7 @@ import platform
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -32,7 +32,7 @@ class Progress:
         self._bars = Bars(*columns, console=Console(stderr=True), transient=True)
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 
@@ -91,8 +91,9 @@ def show_rows(rows: "Iterable[Row]") -> bool:
     run = [row for row in found if row.cases]
     holds = not failed and bool(run)
     worst = max((row.worst_share for row in run), default=0.0)
+    good = sum(row.passed for row in run)
     console.print(
-        f"[bold {'green' if holds else 'red'}]{len(run) - len([r for r in failed if r.cases])} of {len(run)} rows hold[/], "
+        f"[bold {'green' if holds else 'red'}]{good} of {len(run)} rows hold[/], "
         f"{tried:,} cases, worst error {100 * worst:.2g}% of its bound."
     )
     return holds

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from translution.algorithms import ALGORITHMS, Cost, Request, cost
 from translution.arrays import Array, dtype_name, kind_of, needs_gradient, to_kind
@@ -20,18 +20,6 @@ class Plan:
     operator: Operator
     backend: str
     algorithm: str | None = None
-
-
-class Call(Protocol):
-    """A compiled operator."""
-
-    plan: Plan
-
-    def __call__(
-        self, params: Mapping[str, Array], x: Array, y: Array | None = None, mask: Array | None = None
-    ) -> Array:
-        """Out [.., Nq, F]."""
-        ...
 
 
 def reasons_against(backend: Backend, request: Request, algorithm: str) -> list[str]:
@@ -145,7 +133,7 @@ def run(
     """Compute an operator.
 
     Args:
-        params: arrays by the names and shapes of ``operator.parameters``, of x's dtype; of the backend's kind, or NumPy.
+        params: arrays by the names and shapes of ``operator.parameters``, in x's dtype; NumPy or the backend's kind.
         x: queries [.., Nq, Cq]; numpy.ndarray or torch.Tensor.
         y: keys and values [.., Nk, Ck]; None where they are x.
         mask: broadcastable to [.., H, Nq, Nk]: bool with True = may attend, or a float added to logits (M1, M2).
@@ -208,10 +196,24 @@ def vjp(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledOperator:
+    """A plan that can be called; pure, and safe to share between threads."""
+
+    plan: Plan
+
+    def __call__(
+        self, params: Mapping[str, Array], x: Array, y: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """Out [.., Nq, F], as :func:`run` computes it; differentiable on torch."""
+        plan = self.plan
+        return run(plan.operator, params, x, y, mask=mask, backend=plan.backend, algorithm=plan.algorithm)
+
+
 def compile(  # noqa: A001 - as torch.compile
     operator: Operator, backend: str = "torch", algorithm: str | None = None, plan: Plan | None = None
-) -> Call:
-    """A callable ``call(params, x, y=None, mask=None)`` for one operator: differentiable on torch, pure, safe to share.
+) -> CompiledOperator:
+    """A callable ``call(params, x, y=None, mask=None)`` for one operator.
 
     ``plan`` carries operator, backend and algorithm; given together with another operator it is refused.
     """
@@ -226,19 +228,7 @@ def compile(  # noqa: A001 - as torch.compile
         raise NotSupported(settled.backend, settled.algorithm, unavailable)
     if settled.algorithm is not None and settled.algorithm not in ALGORITHMS:
         raise UnknownName("algorithm", settled.algorithm, ALGORITHMS)
-    return _Compiled(settled)
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    plan: Plan
-
-    def __call__(
-        self, params: Mapping[str, Array], x: Array, y: Array | None = None, mask: Array | None = None
-    ) -> Array:
-        return run(
-            self.plan.operator, params, x, y, mask=mask, backend=self.plan.backend, algorithm=self.plan.algorithm
-        )
+    return CompiledOperator(settled)
 
 
 @dataclass(frozen=True, slots=True)

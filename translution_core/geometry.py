@@ -121,7 +121,8 @@ class Geometry:
         sites = np.concatenate([np.zeros((layout.registers, layout.rank)), sites])
         count = width // (2 * layout.rank)
         frequency = base ** (-2.0 * np.arange(count) * layout.rank / width)
-        return (sites[:, :, None] * frequency).reshape(len(sites), width // 2)
+        angles: FloatArray = (sites[:, :, None] * frequency).reshape(len(sites), width // 2)
+        return angles
 
 
 def _joined(parts: list[IntArray]) -> IntArray:

@@ -20,6 +20,7 @@ from translution.spec import (
     Encoder,
     Identity,
     LowRank,
+    LowRankOutput,
     Mean,
     Mixture,
     Ones,
@@ -74,6 +75,16 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class Uplift:
+    """Comes before the output (clause O4): the last ``width`` features of every head, all heads together [H * width],
+    times the parameter ``name`` [H * width, H * (head_dim - width)], are added to the others of all heads together.
+    """
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Role:
     """One encoder: what it adds up, for every head of ``head_dim`` features."""
 
@@ -123,6 +134,7 @@ class NormalForm:
     output: Role | None
     branches: tuple[Branch, ...]
     gate: str | None
+    uplift: Uplift | None = None
     roles: tuple[Role, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -206,12 +218,18 @@ def normal_form(operator: Operator) -> NormalForm:
     """The normal form of an operator; parameters keep their names."""
     value = _role("value", operator.value, operator.key_context)
     assert value is not None
+    output, context, uplift = operator.output, operator.output_context, None
+    if isinstance(output, LowRankOutput):
+        uplift = Uplift("output.up", output.inner_features // operator.num_heads)
+        context = Context(context.input_features - output.inner_features, context.num_classes, context.num_heads)
+        output = Shared(output.features, bias=output.bias)
     return NormalForm(
         operator=operator,
         query=_role("query", operator.query, operator.query_context),
         key=_role("key", operator.key, operator.key_context),
         value=value,
-        output=_role("output", operator.output, operator.output_context),
+        output=_role("output", output, context),
         branches=tuple(_branch(operator, prefix, part) for prefix, part in branches(operator.relevance)),
         gate="relevance.gate" if isinstance(operator.relevance, Mixture) else None,
+        uplift=uplift,
     )

@@ -1,0 +1,5 @@
+"""The backend ``torch``."""
+
+from translution.backends.torch.backend import backend
+
+__all__ = ["backend"]

@@ -1,0 +1,142 @@
+"""The backend ``torch``: CPU and CUDA, differentiable (clauses B1, D1 to D3, M3, M4, O1 to O3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from translution.algorithms import Request, why_not
+from translution.arrays import Kind
+from translution.backends.torch import native, pairwise, stream
+from translution.backends.torch.derivatives import no_autocast
+from translution.backends.torch.encoding import accumulator, encode_role, encode_values, join_values, project_output
+from translution.backends.torch.links import Links, links
+from translution.backends.torch.relevance import LinkMask, dense_weights, link_mask, link_weights
+from translution.inputs import Inputs
+from translution.normal_form import NormalForm
+from translution.registry import Gradients
+
+DEVICES = ("cpu", "cuda")
+
+
+class TorchBackend:
+    """What :class:`translution.Backend` asks for. Under autocast the dtype of x still decides (clause D1)."""
+
+    name: str = "torch"
+    kind: Kind = "torch"
+    algorithms: tuple[str, ...] = ("conv", "sdpa", "stream", "pairwise")
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
+
+    def unavailable(self) -> list[str]:
+        """Reasons why nothing runs on this machine: none, torch is imported."""
+        return []
+
+    def not_supported(self, request: Request, algorithm: str) -> list[str]:
+        """Every reason why this request can't run with ``algorithm``."""
+        reasons = why_not(request, algorithm) + native.why_not(request, algorithm)
+        if request.device not in DEVICES:
+            reasons.append(f"torch computes on {' and '.join(DEVICES)} here, not on {request.device}")
+        return reasons
+
+    def forward(
+        self, request: Request, algorithm: str, params: Mapping[str, Tensor], inputs: Inputs
+    ) -> tuple[Tensor, Tensor | None]:
+        """out [B, Nq, F], and weights [B, H, Nq, Nk] where the request asks for them."""
+        with no_autocast(inputs.x):
+            found = links(request.operator.layout, inputs.x.device)
+            mask = None if inputs.mask is None else link_mask(inputs.mask, found, accumulator(inputs.x.dtype))
+            call = _Call(request.normal_form, params, *_tokens(inputs, found, mask), found, mask)
+            weights = None
+            if algorithm == "conv":
+                heads = native.convolution(call.form, params, call.y)
+            elif algorithm == "sdpa":
+                heads = call.attention(inputs.mask)
+            else:
+                heads, weights = call.general(stream if algorithm == "stream" else pairwise, request.return_weights)
+            out = project_output(call.form, params, heads)
+            out = out.transpose(0, 1).to(inputs.x.dtype).contiguous()
+            return out, None if weights is None else weights.to(inputs.x.dtype)
+
+    def vjp(
+        self,
+        request: Request,
+        algorithm: str,
+        params: Mapping[str, Tensor],
+        inputs: Inputs,
+        cotangent: Tensor,
+    ) -> tuple[Tensor, Gradients]:
+        """out, and the gradients of <cotangent, out>; x and y are leaves of their own."""
+        x, y = inputs.x.detach().requires_grad_(), inputs.y.detach().requires_grad_()
+        own = {name: value.detach().requires_grad_() for name, value in params.items()}
+        leaves = [x, y, *own.values()]
+        with torch.enable_grad():
+            out, _ = self.forward(request, algorithm, own, Inputs(x, y, inputs.mask, inputs.batch_shape))
+            # Where a layout has no links, nothing of x or y reaches the result.
+            given = (
+                torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+                if out.requires_grad
+                else [None] * len(leaves)
+            )
+        found = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, given, strict=True)]
+        return out.detach(), Gradients(dict(zip(own, found[2:], strict=True)), found[0], found[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call: position-major x [Nq, B, Cq], y [Nk, B, Ck] in the accumulation dtype; results are [Nq, B, H, D]."""
+
+    form: NormalForm
+    params: Mapping[str, Tensor]
+    x: Tensor
+    y: Tensor
+    links: Links
+    mask: LinkMask | None
+
+    def attention(self, mask: Tensor | None) -> Tensor:
+        """Plain attention by torch's kernel."""
+        form, geometry = self.form, self.links.geometry
+        assert form.query is not None
+        assert form.key is not None
+        query = encode_role(form.query, self.params, self.x, geometry, "query")
+        key = encode_role(form.key, self.params, self.y, geometry, "key")
+        (value,) = encode_values(form.value, self.params, self.y, geometry)
+        return native.attention(form, self.params, query, key, value.encoded, self.links, mask)
+
+    def general(self, method: ModuleType, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Any operator by ``stream`` or ``pairwise``; the weights [B, H, Nq, Nk] too where asked for."""
+        form, links, mask, heads = self.form, self.links, self.mask, self.form.value.num_heads
+        content = None
+        if form.query is not None and form.key is not None:
+            query = encode_role(form.query, self.params, self.x, links.geometry, "query")
+            key = encode_role(form.key, self.params, self.y, links.geometry, "key")
+            content = method.inner_products(query, key, links, mask)
+        weights = link_weights(form, content, self.params, links, mask, self.x.dtype)
+        full = None if weights is None else weights.expand(links.count, self.x.shape[1], heads)
+        parts = encode_values(form.value, self.params, self.y, links.geometry)
+        aggregated = [method.aggregate(full, part.encoded, links, mask) for part in parts]
+        found = join_values(parts, aggregated, heads, form.value.head_dim)
+        return found, dense_weights(weights, links, self.x, heads) if return_weights else None
+
+
+def _tokens(inputs: Inputs, found: Links, mask: LinkMask | None) -> tuple[Tensor, Tensor]:
+    """Both sides, with what no head of any query sees zeroed at the source (clause M4), and the zero token appended."""
+    dtype = accumulator(inputs.x.dtype)
+    x = inputs.x.to(dtype).transpose(0, 1).contiguous()
+    y = x if inputs.y is inputs.x else inputs.y.to(dtype).transpose(0, 1).contiguous()
+    if mask is not None or not found.all_seen:
+        live = torch.ones((found.count, 1), dtype=torch.bool, device=x.device) if mask is None else mask.rows
+        x, y = _zero_unseen(x, live, found.query_index), _zero_unseen(y, live, found.key_index)
+    if found.geometry.has_zero_token:
+        y = torch.nn.functional.pad(y, (0, 0, 0, 0, 0, 1))
+    return x, y
+
+
+def _zero_unseen(tokens: Tensor, live: Tensor, index: Tensor) -> Tensor:
+    count = torch.zeros((len(tokens) + 1, live.shape[1]), device=tokens.device)
+    seen = count.index_add_(0, index, live.to(count.dtype))[:-1] > 0
+    return torch.where(seen.unsqueeze(-1), tokens, 0.0)
+
+
+backend = TorchBackend()

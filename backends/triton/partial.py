@@ -1,0 +1,97 @@
+"""Partial results over disjoint sets of keys, and the dense ones that involve registers.
+
+The kernel covers grid queries and grid keys. A register's pairs have a class of their own (clause L6), so each is a
+small dense product in torch, joined with the rest by the log-sum-exp of the logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from translution.backends.triton.roles import Encoded
+from translution.normal_form import Branch
+from translution.spec import Lattice
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """out [B, n, H, D] and lse [B, n, H] over some keys (-inf: no live one); under ``ones`` out is a plain sum."""
+
+    out: Tensor
+    lse: Tensor
+
+    def joined(self, other: "Partial", branch: Branch) -> "Partial":
+        """Over the keys of both."""
+        if branch.kind == "ones":
+            return Partial(self.out + other.out, self.lse)
+        lse = torch.logaddexp(self.lse, other.lse)
+        origin = torch.where(lse == -torch.inf, 0.0, lse)
+        own, its = ((part.lse - origin).exp()[..., None] for part in (self, other))
+        return Partial(own * self.out + its * other.out, lse)
+
+
+def mask_part(mask: Tensor, queries: slice, keys: slice) -> Tensor:
+    """The part of a broadcastable mask [B|1, H|1, Nq|1, Nk|1]."""
+    rows = mask if mask.shape[2] == 1 else mask[:, :, queries]
+    return rows if mask.shape[3] == 1 else rows[:, :, :, keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The pairs between registers and everything else, for one branch. ``bias`` is float32 [H, T]."""
+
+    layout: Lattice
+    query: Encoded | None
+    key: Encoded | None
+    value: Encoded
+    branch: Branch
+    bias: Tensor | None
+    mask: Tensor | None
+
+    def pairs(self, row: int, queries: slice, keys: slice) -> Partial:
+        """Pairs that share a row of the tables; one query or one key, since a masked value is dropped per query."""
+        values = self.value.at(row, keys)
+        batch, count, heads, _ = values.shape
+        rows = queries.stop - queries.start
+        logits = values.new_zeros((batch, heads, rows, count))
+        if self.branch.content and self.query is not None and self.key is not None:
+            q, k = self.query.at(row, queries), self.key.at(row, keys)
+            logits = logits + self.branch.scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+        if self.bias is not None:
+            logits = logits + self.bias[:, row, None, None]
+        live = torch.ones_like(logits, dtype=torch.bool)
+        if self.mask is not None:
+            part = mask_part(self.mask, queries, keys).expand(logits.shape)
+            live = part != -torch.inf if part.is_floating_point() else part
+            logits = logits + part if part.is_floating_point() else logits
+        logits = torch.where(live, logits, -torch.inf)
+        highest = logits.amax(-1, keepdim=True)
+        origin = torch.where(highest == -torch.inf, 0.0, highest)
+        ones = self.branch.kind == "ones"
+        weights = live.to(logits.dtype) if ones else torch.where(live, (logits - origin).exp(), 0.0)
+        # [B, H, q, k, D] is no larger than queries or keys themselves, because one side is a single token.
+        shares = torch.where(live[..., None], weights[..., None] * values.transpose(1, 2)[:, :, None], 0.0)
+        total = weights.sum(-1)
+        divisor = torch.ones_like(total) if ones else torch.where(total == 0, 1.0, total)
+        out = shares.sum(-2) / divisor[..., None]
+        lse = torch.where(total == 0, -torch.inf, origin.squeeze(-1) + divisor.log())
+        return Partial(out.transpose(1, 2), lse.transpose(1, 2))
+
+    def completed(self, grid: Partial) -> Partial:
+        """Every query, registers first, over every key, from the grid's own part."""
+        count, layout = self.layout.registers, self.layout
+        sites = slice(count, layout.num_queries), slice(count, layout.num_keys)
+        labels = layout._register_labels(False)
+        first = layout.num_classes - len(labels)
+        rows: list[Partial | None] = [None] * count
+        for row, label in enumerate(labels, start=first):
+            keys = sites[1] if label.partner is None else slice(label.partner, label.partner + 1)
+            if label.seen_from is None:
+                grid = grid.joined(self.pairs(row, sites[0], keys), self.branch)
+                continue
+            part = self.pairs(row, slice(label.seen_from, label.seen_from + 1), keys)
+            known = rows[label.seen_from]
+            rows[label.seen_from] = part if known is None else known.joined(part, self.branch)
+        parts = [*(part for part in rows if part is not None), grid]
+        return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))

@@ -1,0 +1,64 @@
+"""What ``translution verify`` runs: reductions on every backend, a user's own modules, real digits."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from translution.conformance.results import Row
+
+Progress = Callable[[str, int, int], None]
+
+
+def verify_everything(cases: int, only: str | None, progress: Progress) -> list[Row]:
+    """Every reduction on every backend that claims it (``reductions``), then trained models on digits (``digits``)."""
+    rows: list[Row] = []
+    if only in (None, "reductions"):
+        from translution.conformance.verify_reductions import verify_reductions
+
+        rows += verify_reductions(cases=cases, progress=progress)
+    if only in (None, "digits"):
+        from translution.conformance.verify_digits import verify_digits
+
+        rows += verify_digits(progress=progress)
+    return rows
+
+
+def load_factory(text: str) -> Callable[[], Any]:
+    """The callable that ``pkg.mod:factory`` names; modules of the current folder are found too."""
+    module_name, separator, attribute = text.partition(":")
+    if not separator or not module_name or not attribute:
+        raise ValueError(f"--module {text}: write package.module:factory, where factory() returns a torch.nn.Module")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.split(".")[: error.name.count(".") + 1] == error.name.split("."):
+            raise ValueError(f"--module {text}: no module {error.name} on the path or in {folder}") from error
+        raise
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        public = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
+        raise ValueError(f"--module {text}: {module_name} has no callable {attribute!r}; it has {', '.join(public)}")
+    return factory
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``1,3,32,32`` as a tuple."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"--input {text}: give positive sizes separated by commas, e.g. 1,3,32,32")
+    return shape
+
+
+def verify_factory(module: str, shape: str, progress: Progress) -> list[Row]:
+    """Every convertible module of the model that ``module`` (``pkg.mod:factory``) builds, on an input of ``shape``."""
+    from translution.conformance.verify_modules import verify_modules
+
+    return verify_modules(load_factory(module), parse_shape(shape), progress=progress)

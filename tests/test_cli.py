@@ -1,0 +1,102 @@
+"""The command line: exit codes, what it prints, what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, groups=1, padding="same")
+    )
+
+not_callable = 3
+"""
+
+
+def translution(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "translution", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_verify_a_users_module(tmp_path: Path) -> None:
+    (tmp_path / "shop_models.py").write_text(MODEL)
+    done = translution(
+        "verify", "--module", "shop_models:build", "--input", "1,2,9,8", "--json", "out.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["holds"] is True
+    subjects = [row["subject"] for row in found["rows"] if row["cases"]]
+    assert len(subjects) == 2
+    for subject in subjects:
+        assert subject in done.stdout
+    assert all(0 < row["worst_share"] <= 1 for row in found["rows"] if row["cases"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("verify", "--module", "shop_models:build"), ("--module and --input go together", "--input 1,3,32,32")),
+        (("verify", "--module", "shop_models", "--input", "1,2"), ("shop_models", "package.module:factory")),
+        (("verify", "--module", "shop_models:nothing", "--input", "1,2"), ("nothing", "build")),
+        (("verify", "--module", "shop_models:not_callable", "--input", "1,2"), ("not_callable", "build")),
+        (("verify", "--module", "no_such_module:build", "--input", "1,2"), ("no_such_module",)),
+        (("verify", "--module", "shop_models:build", "--input", "1,two"), ("1,two", "1,3,32,32")),
+        (("verify", "--only", "everything"), ("everything", "reductions")),
+        (("explain", "translution2d:height=7,width=7,dim=192"), ("num_heads",)),
+        (("explain", "no_such_preset:height=7"), ("no_such_preset",)),
+        (("explain", "missing.json"), ("missing.json",)),
+        (("explain", "self_attention1d:length=3,dim=4,num_heads=2", "--dtype", "int8"), ("int8", "bfloat16")),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_to_do(
+    tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    (tmp_path / "shop_models.py").write_text(MODEL)
+    done = translution(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_explain_shows_parameters_and_every_backend(tmp_path: Path) -> None:
+    spec = "translution2d:height=7,width=7,dim=192,num_heads=3,registers=1"
+    done = translution("explain", spec, "--batch", "8", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["num_parameters"] == 3 * 172 * 192 * 192 + 192 * 192 + 192
+    assert f"{found['num_parameters']:,}" in done.stdout
+    assert {c["backend"] for c in found["candidates"]} == {"reference", "numpy", "torch", "triton"}
+    assert all(c["runs"] or c["reasons"] for c in found["candidates"])
+    conv = next(c for c in found["candidates"] if c["algorithm"] == "conv")
+    assert any("no window" in reason for reason in conv["reasons"])
+
+
+def test_doctor_names_every_backend_and_why_one_does_not_run(tmp_path: Path) -> None:
+    done = translution("doctor", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["packages"]["numpy"]
+    for name, backend in found["backends"].items():
+        assert name in done.stdout
+        assert backend["runs"] or backend["reasons"]
+
+
+def test_no_command_shows_help() -> None:
+    done = translution()
+    assert "verify" in done.stdout + done.stderr
+
+
+def test_version() -> None:
+    done = translution("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("translution 0.")
