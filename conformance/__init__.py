@@ -1,0 +1,1 @@
+"""Cases, error bounds, reductions and checks: what a backend is measured by."""

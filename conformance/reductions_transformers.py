@@ -23,8 +23,9 @@ def _case(
     note: str,
 ) -> ReductionCase:
     module = module.to(torch.float64).eval()
-    if hasattr(module, "config"):
-        module.config._attn_implementation = "eager"
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        config._attn_implementation = "eager"
 
     def forward(weights: Weights, x: Tensor, _y: Tensor | None) -> Tensor:
         arguments, options = call(x)

@@ -43,14 +43,18 @@ class _Tally:
     worst_error: float = 0.0
     worst_share: float = 0.0
     failures: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    refused: list[list[str]] = field(default_factory=list)
+    values_only: list[str] = field(default_factory=list)
 
     def row(self, reduction: Reduction, runner: Runner) -> Row:
         notes = [reduction.peer]
         if self.exact:
             notes.append(f"{self.exact} with equality on whole numbers")
         if self.refused:
-            notes.append(f"{len(self.refused)} not claimed ({self.refused[0]})")
+            every = dict.fromkeys(reason for reasons in self.refused for reason in reasons)
+            notes.append(f"{len(self.refused)} not claimed ({'; '.join(every)})")
+        if self.values_only:
+            notes.append(f"{len(self.values_only)} without gradients ({self.values_only[0]})")
         if self.failures:
             notes = [f"{len(self.failures)} failures, the first: {self.failures[0]}"]
         return Row(
@@ -80,7 +84,9 @@ class Examined:
             case = self.case
             found = budget(case.operator, case.params, case.x, case.y, case.mask, case.cotangent, dtype)
             self._budgets[dtype] = found
-            self._at_peer[dtype] = {name: found.gradients[name] for name in case.expected.gradients if name in "xy"}
+            self._at_peer[dtype] = {
+                name: found.gradients[name] for name in case.expected.gradients if name in ("x", "y")
+            }
             self._at_peer[dtype] |= case.to_peer(found.gradients)
         return self._budgets[dtype]
 
@@ -116,10 +122,12 @@ def _arrays(case: ReductionCase, dtype: str, device: str) -> dict[str, Any]:
     }
 
 
-def request_for(case: ReductionCase, dtype: str, device: str = "cpu", *, return_weights: bool = False) -> Request:
+def request_for(
+    case: ReductionCase, dtype: str, device: str = "cpu", *, return_weights: bool = False, gradient: bool = False
+) -> Request:
     """What a backend is asked for."""
     mask = "none" if case.mask is None else "bool" if case.mask.dtype == np.bool_ else "float"
-    return Request(case.operator, len(case.x), dtype, device, mask, return_weights)
+    return Request(case.operator, len(case.x), dtype, device, mask, return_weights, gradient)
 
 
 def _reasons(runner: Runner, case: ReductionCase, dtype: str) -> tuple[list[str], str]:
@@ -130,44 +138,38 @@ def _reasons(runner: Runner, case: ReductionCase, dtype: str) -> tuple[list[str]
     return reasons, "cpu"
 
 
+def without_gradients(case: ReductionCase, runner: Runner, dtype: str, device: str = "cpu") -> list[str]:
+    """Why a torch backend claims values but no gradients here; others compute gradients on request, by ``vjp``."""
+    if runner.backend.kind != "torch":
+        return []
+    return reasons_against(runner.backend, request_for(case, dtype, device, gradient=True), runner.algorithm)
+
+
 def compare_case(examined: Examined, runner: Runner, dtype: str, device: str = "cpu") -> tuple[float, float]:
-    """Worst error, and worst share of a bound, over out, attention weights and every gradient.
+    """Worst error, and worst share of a bound, over out, attention weights and every gradient that is claimed.
 
     Raises:
         ComparisonError: something is beyond its bound.
     """
     case, (out_bound, attention_bound, gradient_bounds) = examined.case, examined.bounds(dtype)
-    given = _arrays(case, dtype, device)
-    out, gradients = vjp(
-        case.operator,
-        given["params"],
-        given["x"],
-        given["y"],
-        cotangent=given["cotangent"],
-        mask=given["mask"],
-        backend=runner.name,
-        algorithm=runner.algorithm,
-    )
-    expected = case.expected
-    on_host = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in gradients.params.items()}
-    found = {**case.to_peer(on_host), "x": gradients.x} | ({} if case.y is None else {"y": gradients.y})
-    compared: list[tuple[str, Any, Any, Any, str | None]] = [("out", out, expected.out, out_bound, dtype)]
-    compared += [
-        (f"gradient of {name}", found[name], expected.gradients[name], gradient_bounds[name], None)
-        for name in expected.gradients
-    ]
+    expected, given = case.expected, _arrays(case, dtype, device)
+    cotangent = given.pop("cotangent")
+    named: dict[str, Any] = {"backend": runner.name, "algorithm": runner.algorithm}
+    compared: list[tuple[str, Any, Any, Any, str | None]] = []
+    if without_gradients(case, runner, dtype, device):
+        out = run(case.operator, **given, **named)
+    else:
+        out, gradients = vjp(case.operator, **given, cotangent=cotangent, **named)
+        on_host = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in gradients.params.items()}
+        found = {**case.to_peer(on_host), "x": gradients.x} | ({} if case.y is None else {"y": gradients.y})
+        compared += [
+            (f"gradient of {name}", found[name], wanted, gradient_bounds[name], None)
+            for name, wanted in expected.gradients.items()
+        ]
+    compared.insert(0, ("out", out, expected.out, out_bound, dtype))
     weighed = request_for(case, dtype, device, return_weights=True)
     if expected.attention is not None and not reasons_against(runner.backend, weighed, runner.algorithm):
-        _, weights = run(
-            case.operator,
-            given["params"],
-            given["x"],
-            given["y"],
-            mask=given["mask"],
-            backend=runner.name,
-            algorithm=runner.algorithm,
-            return_weights=True,
-        )
+        _, weights = run(case.operator, **given, **named, return_weights=True)
         compared.append(("attention weights", weights, expected.attention, attention_bound, dtype))
     worst = worst_share = 0.0
     for name, got, want, bound, wanted_dtype in compared:
@@ -189,9 +191,10 @@ def repeat(reduction: str, seed: int, backend: str, algorithm: str, dtype: str, 
 def _one(tally: _Tally, reduction: Reduction, seed: int, examined: Examined, runner: Runner, dtype: str) -> None:
     reasons, device = _reasons(runner, examined.case, dtype)
     if reasons:
-        tally.refused.append(reasons[0])
+        tally.refused.append(reasons)
         return
     tally.cases += 1
+    tally.values_only += without_gradients(examined.case, runner, dtype, device)[:1]
     try:
         error, used = compare_case(examined, runner, dtype, device)
     except Exception as failure:  # noqa: BLE001 - whatever a backend raises is its failure, and the others still run

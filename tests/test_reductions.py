@@ -159,6 +159,24 @@ class Modest(Planted):
         return ["not today"]
 
 
+class ValuesOnly(Planted):
+    """A torch backend that claims no gradients and computes none."""
+
+    kind = "torch"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = get_backend("torch")
+
+    def not_supported(self, request: Request, algorithm: str) -> list[str]:
+        return [*self.inner.not_supported(request, algorithm), *(["no backward"] if request.gradient else [])]
+
+    def vjp(
+        self, request: Request, algorithm: str, params: Mapping[str, Any], inputs: Inputs, cotangent: Any
+    ) -> tuple[Any, Gradients]:
+        raise AssertionError("not claimed")
+
+
 class Absent(Planted):
     def unavailable(self) -> list[str]:
         return ["no such device"]
@@ -166,7 +184,7 @@ class Absent(Planted):
 
 PLANTED = (
     *(Right, Mirrored, WithoutBorder, MaskInverted, SingleAccumulation, QueryDetached, LastWriteWins, WrongDtype),
-    *(Crashing, Modest, Absent),
+    *(Crashing, Modest, ValuesOnly, Absent),
 )
 
 
@@ -234,6 +252,13 @@ def test_what_is_not_claimed_is_a_row_with_its_reason() -> None:
     (row,) = _verify("convolution-1d", "planted:Modest", cases=2)
     assert (row.cases, row.passed) == (0, True)
     assert "8 not claimed (not today)" in row.detail
+
+
+def test_gradients_that_are_not_claimed_are_said_to_be_missing() -> None:
+    (row,) = _verify("convolution-1d", "planted:ValuesOnly", cases=2)
+    assert row.passed, row.detail
+    assert row.cases == 8
+    assert "8 without gradients (no backward)" in row.detail
 
 
 def test_a_backend_that_cannot_run_here_is_a_row_with_its_reason() -> None:

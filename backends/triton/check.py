@@ -21,6 +21,7 @@ from rich.table import Table
 
 import translution
 from translution.backends.triton import claims
+from translution.backends.triton.launch import INTERPRETED
 from translution.spec import Lattice, Mean, Operator, PerDisplacement, presets
 
 Array = npt.NDArray[Any]
@@ -132,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", action="append", type=int, help="may be given again; 1 and 5 by default")
     given = parser.parse_args(arguments)
     console = Console()
-    missing = claims.unavailable()
+    on_gpu = torch.device(given.device).type == "cuda"
+    missing = [claims.NO_DEVICE] if on_gpu and not torch.cuda.is_available() else claims.unavailable()
+    if on_gpu and INTERPRETED:
+        missing.append("TRITON_INTERPRET is set: the kernel would be interpreted, not compiled; unset it")
     if missing:
         console.print("\n".join(missing))
         return 2

@@ -11,7 +11,7 @@ raster-causal layout (clause L4), else 0.
 # triton compiles these functions from their source: only constexpr is an annotation to it, and it knows which branches
 # of a constexpr condition go together.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl

@@ -205,7 +205,10 @@ def launch(
     value_block = min(chosen.value_features, power_of_two(o.value_width, 16))
     chunks = max(-(-o.static_width // static_block), -(-o.value_width // value_block))
     anything = out_static if o.static_width else out_relative
-    held = lambda tensor: anything if tensor is None else tensor  # noqa: E731 - an absent operand is never read
+
+    def held(tensor: Tensor | None) -> Tensor:
+        return anything if tensor is None else tensor  # what is absent is never read
+
     mask_strides = (0, 0, 0, 0) if o.mask is None else o.mask.stride()
     programs = math.prod(-(-n // t) for n, t in zip(box.grid, (tz, ty, tx), strict=True))
     programs *= -(-o.batch // items) * chunks * o.num_heads

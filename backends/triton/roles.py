@@ -43,9 +43,9 @@ def _rotate(features: Tensor, rotation: Rotation, side: str, layout: Lattice) ->
     positions = Geometry(layout, layout.num_queries, layout.num_keys, layout.num_classes, ())
     angles = torch.from_numpy(positions.rotary_angles(side, rotation.width, rotation.base))
     cosine, sine = (f(angles).float().to(features.device)[:, None, :] for f in (torch.cos, torch.sin))
-    half, lead = rotation.pairing == "half", features.shape[:-1]
-    pairs = features.reshape(*lead, 2, -1) if half else features.reshape(*lead, -1, 2).transpose(-1, -2)
-    first, second = pairs.unbind(-2)
+    half, lead, pairs = rotation.pairing == "half", features.shape[:-1], rotation.width // 2
+    paired = features.reshape(*lead, 2, pairs) if half else features.reshape(*lead, pairs, 2).transpose(-1, -2)
+    first, second = paired.unbind(-2)
     turned = torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-2 if half else -1)
     return turned.flatten(-2)
 
@@ -101,7 +101,7 @@ class Encoded:
         for term in terms:
             where = slice(term.start, term.start + term.width)
             if isinstance(term, Linear):
-                found[..., where] += _linear(self.tokens, term, self.params).reshape(batch, count, heads, -1)
+                found[..., where] += _linear(self.tokens, term, self.params).reshape(batch, count, heads, term.width)
             else:
                 found[..., where] += self.params[term.name].float().reshape(heads, -1)
         for turn in self.role.rotations:
@@ -124,6 +124,7 @@ class Encoded:
             product = self.narrowed[:, tokens].float() @ self.table[row].float()
             # Every head sees all features that an up-projection is still to mix.
             groups = heads if self.after is None else 1
-            raised = self.raise_(product.reshape(batch, count, groups, -1).expand(-1, -1, heads, -1))
+            narrow = product.reshape(batch, count, groups, product.shape[-1] // groups)
+            raised = self.raise_(narrow.expand(-1, -1, heads, -1))
             found[..., self.relative.start : self.relative.start + self.relative.width] += raised
         return found

@@ -1,0 +1,42 @@
+"""The command for owners of a GPU, here on the interpreter: what it shows and its exit codes."""
+
+import pytest
+import torch
+
+from translution.backends.triton import check
+from translution.spec import presets
+
+SMALL = ["--device", "cpu", "--dtype", "float32", "--batch", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(check, "operators", lambda: {"small": presets.translution((3,), 4, 2, registers=1)})
+
+
+def test_every_case_is_a_row(capsys):
+    assert check.main(SMALL) == 0
+    shown = capsys.readouterr().out
+    assert "small" in shown
+    assert "1 of 1 cases" in shown
+
+
+def test_a_wrong_number_fails(monkeypatch):
+    plain = check.translution.run
+    monkeypatch.setattr(check.translution, "run", lambda *args, **options: plain(*args, **options) * 1.01)
+    assert check.main(SMALL) == 1
+
+
+def test_a_kernel_that_does_not_run_fails_and_says_why(monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(check.translution, "run", broken)
+    assert check.main(SMALL) == 1
+    assert "no such instruction" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_code_is_2(capsys):
+    assert check.main([]) == 2
+    assert "no GPU" in capsys.readouterr().out
