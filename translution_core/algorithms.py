@@ -11,10 +11,12 @@ fused       one kernel per block of queries and head, running softmax
 import math
 from dataclasses import dataclass
 
+from translution.errors import InputError
 from translution.geometry import count_links, geometry
 from translution.normal_form import Linear, NormalForm, Role, normal_form
 from translution.spec import Lattice, Operator
 
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex128": 16}
 ALGORITHMS = ("definition", "pairwise", "stream", "conv", "sdpa", "fused")
 
 
@@ -29,6 +31,15 @@ class Request:
     mask: str = "none"
     return_weights: bool = False
     gradient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch < 0 or self.dtype not in ITEM_BYTES:
+            raise InputError(
+                "D1",
+                f"batch={self.batch}, dtype={self.dtype!r}",
+                f"batch is at least 0, dtype one of {', '.join(ITEM_BYTES)}",
+                "Name the dtype in full, such as float32",
+            )
 
     @property
     def normal_form(self) -> NormalForm:
@@ -105,9 +116,6 @@ def _why_not_attention(request: Request) -> list[str]:
     if request.return_weights:
         reasons.append("sdpa: scaled_dot_product_attention returns no weights")
     return reasons
-
-
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex128": 16}
 
 
 def _linear_flops(role: Role, shapes: dict[str, tuple[int, ...]], links: int, tokens: int) -> int:

@@ -62,3 +62,10 @@ def to_kind(name: str, value: Array, kind: Kind, device: Any = None) -> Array:
 def broadcast_to(value: Array, shape: tuple[int, ...]) -> Array:
     """A broadcast view of either kind of array."""
     return np.broadcast_to(value, shape) if isinstance(value, np.ndarray) else value.expand(shape)
+
+
+def zeros(like: Array, shape: tuple[int, ...]) -> Array:
+    """A read-only view of one zero, of the kind, dtype and device of ``like``."""
+    if isinstance(like, np.ndarray):
+        return np.broadcast_to(np.zeros((), like.dtype), shape)
+    return like.new_zeros(()).expand(shape)

@@ -52,50 +52,72 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
+def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    right = set(numbers)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
 def _share(row: "Row") -> str:
-    if not row.cases:
-        return "-"
-    if row.worst_error == 0:
-        return "exact"
-    return f"{100 * row.worst_share:.2g}% of bound"
+    return "exact" if row.worst_error == 0 else f"{100 * row.worst_share:.2g}%"
+
+
+def _verdict(row: "Row") -> str:
+    if row.passed:
+        return "[green]holds[/]" if row.cases else "[yellow]not run[/]"
+    return "[bold red]FAILS[/]" if row.cases else "[bold red]not compared[/]"
+
+
+def _matrix(title: str, rows: "list[Row]") -> Table:
+    """One line per subject, one column per backend and algorithm: the worst error as a share of its bound."""
+    ways = list(dict.fromkeys((row.backend, row.algorithm) for row in rows if row.cases))
+    shown = [f"{backend}\n{algorithm}" for backend, algorithm in ways]
+    table = _table(title, "subject", "compared with", "cases", "exact", *shown, numbers=("cases", "exact", *shown))
+    for subject in dict.fromkeys(row.subject for row in rows if row.cases):
+        own = {(row.backend, row.algorithm): row for row in rows if row.subject == subject}
+        peers = ", ".join(dict.fromkeys(row.peer for row in own.values() if row.peer))
+        cells = [
+            "" if (row := own.get(way)) is None else f"[green]{_share(row)}[/]" if row.passed else "[bold red]FAILS[/]"
+            for way in ways
+        ]
+        cases, exact = (sum(getattr(row, name) for row in own.values()) for name in ("cases", "exact_cases"))
+        table.add_row(subject, peers, f"{cases:,}", f"{exact:,}" if exact else "", *cells)
+    return table
+
+
+def _listing(title: str, rows: "list[Row]") -> Table:
+    numbers = ("cases", "worst error", "of its bound")
+    table = _table(title, "subject", "backend", "algorithm", *numbers, "verdict", "note", numbers=numbers)
+    for row in rows:
+        figures = (f"{row.cases:,}", f"{row.worst_error:.1e}", _share(row)) if row.cases else ("", "", "")
+        note = "; ".join(part for part in (row.peer, row.detail) if part)
+        table.add_row(row.subject, row.backend, row.algorithm, *figures, _verdict(row), note)
+    return table
 
 
 def show_rows(rows: "Iterable[Row]") -> bool:
-    """Print one table per section and a closing line; whether everything holds."""
+    """Print the sections and a closing line; whether everything holds."""
     console, found = _console(), list(rows)
     for section in dict.fromkeys(row.section for row in found):
-        table = Table(title=section, title_justify="left", title_style="bold", pad_edge=False)
-        for name in ("subject", "backend", "algorithm"):
-            table.add_column(name)
-        table.add_column("cases", justify="right")
-        table.add_column("worst error", justify="right")
-        table.add_column("share", justify="right")
-        table.add_column("verdict")
-        table.add_column("note", overflow="fold")
-        previous = ""
-        for row in (r for r in found if r.section == section):
-            verdict = ("[green]holds[/]" if row.cases else "[yellow]not run[/]") if row.passed else "[bold red]FAILS[/]"
-            table.add_row(
-                "" if row.subject == previous else row.subject,
-                row.backend,
-                row.algorithm,
-                f"{row.cases:,}" if row.cases else "-",
-                f"{row.worst_error:.1e}" if row.cases else "-",
-                _share(row),
-                verdict,
-                row.detail,
-            )
-            previous = row.subject
-        console.print(table)
-    failed, tried = [row for row in found if not row.passed], sum(row.cases for row in found)
+        own = [row for row in found if row.section == section]
+        if len({(row.backend, row.algorithm) for row in own if row.cases}) > 1:
+            console.print(_matrix(f"{section}: worst error as a share of its bound", own))
+            own = [row for row in own if not row.passed or not row.cases or row.detail]
+            section = f"{section}: what was not run, or failed"
+        if own:
+            console.print(_listing(section, own))
     run = [row for row in found if row.cases]
-    holds = not failed and bool(run)
-    worst = max((row.worst_share for row in run), default=0.0)
-    good = sum(row.passed for row in run)
+    holds = all(row.passed for row in found) and bool(run)
+    worst, colour = max((row.worst_share for row in run), default=0.0), "green" if holds else "red"
     console.print(
-        f"[bold {'green' if holds else 'red'}]{good} of {len(run)} rows hold[/], "
-        f"{tried:,} cases, worst error {100 * worst:.2g}% of its bound."
+        f"[bold {colour}]{sum(row.passed for row in run)} of {len(run)} comparisons hold[/]: "
+        f"{sum(row.cases for row in run):,} cases, {sum(row.exact_cases for row in run):,} of them for equality; "
+        f"the worst error is {100 * worst:.2g}% of its bound."
     )
+    if missing := [row for row in found if not row.passed and not row.cases]:
+        console.print(f"[bold red]{len(missing)} could not be compared[/]; the table says why.")
     return holds
 
 
@@ -142,9 +164,7 @@ def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
         f"[bold]{place}[/]: {layout.num_queries:,} queries, {layout.num_keys:,} keys, "
         f"{layout.num_classes:,} displacement classes; {operator.num_heads} heads"
     )
-    table = Table(title="normal form", title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("role", "features per head", "terms (added up in their slice of a head)"):
-        table.add_column(name)
+    table = _table("normal form", "role", "features per head", "terms (added up in their slice of a head)")
     for role in (*form.roles, *((form.output,) if form.output else ())):
         terms = [
             f"[{t.start}:{t.start + t.width}] " + " . ".join(("y", *(n for n in (t.before, t.table, t.after) if n)))
@@ -154,23 +174,15 @@ def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
         terms += [f"[{t.start}:{t.start + t.width}] rotated, base {t.base:g}" for t in role.rotations]
         table.add_row(role.name, str(role.head_dim), "\n".join(t.replace("[", "\\[") for t in terms))
     console.print(table)
-    table = Table(
-        title=f"{operator.num_parameters:,} parameters", title_justify="left", title_style="bold", pad_edge=False
-    )
-    for name in ("parameter", "shape"):
-        table.add_column(name)
+    table = _table(f"{operator.num_parameters:,} parameters", "parameter", "shape")
     for name, shape in operator.parameters.items():
         table.add_row(name, " x ".join(str(n) for n in shape))
     console.print(table)
-    table = Table(
-        title=f"candidates at batch {request.batch}, {request.dtype} (estimates for one forward pass)",
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
+    table = _table(
+        f"candidates at batch {request.batch}, {request.dtype} (estimates for one forward pass)",
+        *("backend", "algorithm", "GFLOP", "working memory", "runs here"),
+        numbers=("GFLOP", "working memory"),
     )
-    for name, justify in (("backend", "left"), ("algorithm", "left"), ("GFLOP", "right"), ("working memory", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
-    table.add_column("runs here", overflow="fold")
     for c in candidates:
         table.add_row(
             c.backend,
@@ -212,16 +224,11 @@ def show_diagnosis(found: dict[str, Any]) -> None:
     """Print a diagnosis."""
     console = _console()
     console.print(" ".join(f"{name} {value}" for name, value in found["machine"].items()))
-    table = Table(title="packages", title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("package", "version"):
-        table.add_column(name)
+    table = _table("packages", "package", "version")
     for name, installed in found["packages"].items():
         table.add_row(name, installed or "[yellow]not installed[/]")
     console.print(table)
-    table = Table(title="backends", title_justify="left", title_style="bold", pad_edge=False)
-    for name in ("backend", "algorithms", "dtypes"):
-        table.add_column(name)
-    table.add_column("runs here", overflow="fold")
+    table = _table("backends", "backend", "algorithms", "dtypes", "runs here")
     for name, entry in found["backends"].items():
         runs = "[green]yes[/]" if entry["runs"] else "no: " + "; ".join(entry["reasons"])
         table.add_row(name, ", ".join(entry["algorithms"]), ", ".join(entry["dtypes"]), runs)

@@ -29,8 +29,8 @@ class CostError(ValueError):
 class UnknownName(LookupError):
     """No such backend, algorithm, preset or field."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-        self.name = name
+    def __init__(self, what: str, name: object, known: Iterable[str], remedy: str = "") -> None:
+        self.name = name = str(name)
         names = sorted(known)
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -68,6 +68,16 @@ def check_memory(request: Request, algorithm: str, limit: int | None = None) -> 
     return estimate
 
 
+def _check_operator(operator: Operator) -> None:
+    if not isinstance(operator, Operator):
+        raise InputError(
+            "O1",
+            f"operator is a {type(operator).__name__}",
+            "what runs is a translution.spec.Operator",
+            "Build one with a preset, or with translution.spec.operator_from_json",
+        )
+
+
 def _prepare(
     operator: Operator,
     params: Mapping[str, Array],
@@ -78,13 +88,7 @@ def _prepare(
     algorithm: str | None,
     return_weights: bool,
 ) -> tuple[Request, str, dict[str, Array], Inputs]:
-    if not isinstance(operator, Operator):
-        raise InputError(
-            "O1",
-            f"operator is a {type(operator).__name__}",
-            "run takes a translution.spec.Operator",
-            "Build one with a preset, or with translution.spec.operator_from_json",
-        )
+    _check_operator(operator)
     every = ("float64", "float32", "float16", "bfloat16", "complex128")
     inputs = check_inputs(operator, params, x, y, mask, every)
     request = Request(
@@ -135,7 +139,8 @@ def run(
     Args:
         params: arrays by the names and shapes of ``operator.parameters``, in x's dtype; NumPy or the backend's kind.
         x: queries [.., Nq, Cq]; numpy.ndarray or torch.Tensor.
-        y: keys and values [.., Nk, Ck]; None where they are x.
+        y: keys and values [.., Nk, Ck]; None where they are x. A relevance without content (convolution, pooling) has
+            no queries: give its tokens as x alone.
         mask: broadcastable to [.., H, Nq, Nk]: bool with True = may attend, or a float added to logits (M1, M2).
         backend: ``reference``, ``numpy``, ``torch``, ``triton``, or ``package.module:attribute``.
         algorithm: one of the backend's, or None for its first that applies. What is named runs or raises (clause B1).
@@ -176,6 +181,7 @@ def vjp(
     found = get_backend(backend)
     request, chosen, own, inputs = _prepare(operator, params, x, y, mask, found, algorithm, False)
     expected = (*inputs.batch_shape, operator.layout.num_queries, operator.out_features)
+    kind_of("cotangent", cotangent)
     if tuple(cotangent.shape) != expected or dtype_name(cotangent) != request.dtype:
         raise InputError(
             "D1",
@@ -187,7 +193,8 @@ def vjp(
     out, gradients = found.vjp(request, chosen, own, inputs, flat)
     dx, dy = gradients.x, gradients.y
     if y is None and dy is not None:
-        dx, dy = dx + dy, None
+        # Without content x holds the keys alone; otherwise it stands on both sides.
+        dx, dy = (dx + dy if operator.uses_content else dy), None
     kind, device = kind_of("x", x), _device(x)
     return _returned(out, inputs.batch_shape, x), Gradients(
         {name: to_kind(name, value, kind, device) for name, value in gradients.params.items()},
@@ -217,6 +224,7 @@ def compile(  # noqa: A001 - as torch.compile
 
     ``plan`` carries operator, backend and algorithm; given together with another operator it is refused.
     """
+    _check_operator(operator)
     if plan is not None and plan.operator != operator:
         raise InputError(
             "B1", "a plan for another operator", "a plan fits the operator it was made for", "Compile plan.operator"

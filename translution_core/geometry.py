@@ -6,6 +6,7 @@ The ``reference`` backend derives the same links by loops of its own and is comp
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -187,10 +188,13 @@ def _lattice_steps(layout: Lattice) -> Iterator[tuple[tuple[int, int], IntArray,
 
 def _table_steps(layout: PairTable) -> Iterator[tuple[tuple[int, int], IntArray, IntArray]]:
     classes, key_classes = np.asarray(layout.classes), np.asarray(layout.reversed_classes())
-    flat = classes * layout.num_classes + key_classes
-    for pair in np.unique(flat[classes >= 0]):
-        query, key = np.nonzero((flat == pair) & (classes >= 0))
-        yield (int(pair) // layout.num_classes, int(pair) % layout.num_classes), query, key
+    query, key = np.nonzero(classes >= 0)
+    pairs = classes[query, key] * layout.num_classes + key_classes[query, key]
+    order = np.argsort(pairs, kind="stable")
+    for own in np.split(order, np.flatnonzero(np.diff(pairs[order])) + 1):
+        if len(own):
+            value_class, key_class = divmod(int(pairs[own[0]]), layout.num_classes)
+            yield (value_class, key_class), query[own], key[own]
 
 
 @lru_cache(maxsize=64)
@@ -209,12 +213,24 @@ def geometry(layout: Layout) -> Geometry:
 
 
 def count_links(layout: Layout) -> int:
-    """Number of links without building them (in raster order an upper bound: half of all pairs and the diagonal)."""
+    """Number of links without building them (an upper bound for windows and strides in raster order)."""
     if isinstance(layout, PairTable):
         return sum(c >= 0 for row in layout.classes for c in row)
-    total = 1
-    for axis in range(layout.rank):
-        total *= sum(len(_axis_links(layout, axis, d)[0]) for d in layout.axis_displacements(axis))
-    if layout.raster_causal:
-        total = (total + layout.num_queries) // 2
-    return total + layout.registers * (layout.registers + layout.num_queries + layout.num_keys - 2 * layout.registers)
+    total = math.prod(_count_axis_links(layout, axis) for axis in range(layout.rank))
+    if layout.raster_causal and layout == Lattice(layout.grid, causal=True, registers=layout.registers):
+        total = (total + math.prod(layout.grid)) // 2
+    registers = layout.registers
+    to_registers = registers * (layout.num_queries - registers)
+    if layout.causal is False:
+        return total + to_registers + registers * layout.num_keys
+    return total + to_registers + registers * (registers + 1) // 2
+
+
+def _count_axis_links(layout: Lattice, axis: int) -> int:
+    queries, keys = layout.grid[axis], layout.keys[axis]
+    if layout.kernel_size is not None:
+        return sum(len(_axis_links(layout, axis, d)[0]) for d in layout.axis_displacements(axis))
+    if not layout.axis_causal[axis]:
+        return queries * keys
+    position = layout.strides[axis] * np.arange(queries) + layout.offsets[axis]
+    return int(np.clip(position // layout.key_strides[axis] + 1, 0, keys).sum())

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from translution.arrays import FLOATS, Array, broadcast_to, dtype_name, kind_of
+from translution.arrays import FLOATS, Array, broadcast_to, dtype_name, kind_of, zeros
 from translution.errors import InputError
 from translution.spec import Operator, Softmax
 from translution.spec.relevance import branches
@@ -23,6 +23,13 @@ class Inputs:
 
 def check_parameters(operator: Operator, params: Mapping[str, Array], dtype: str) -> None:
     """Raise unless ``params`` has exactly the operator's names and shapes, all of dtype ``dtype`` (clause P1)."""
+    if not isinstance(params, Mapping):
+        raise InputError(
+            "P1",
+            f"params is a {type(params).__name__}",
+            "params maps every parameter's name to its array",
+            "Give a dict; operator.parameters lists every name with its shape",
+        )
     expected = operator.parameters
     missing, unknown = sorted(expected.keys() - params.keys()), sorted(params.keys() - expected.keys())
     if missing or unknown:
@@ -108,13 +115,21 @@ def check_inputs(
     mask: Array | None,
     dtypes: tuple[str, ...],
 ) -> Inputs:
-    """Check every array against the operator and flatten the batch dimensions."""
+    """Check every array against the operator and flatten the batch dimensions.
+
+    Where the relevance does not look at content there are no queries to encode: x alone then holds keys and values, and
+    the x of the result is a stand-in of zeros that has the queries' shape.
+    """
     layout = operator.layout
-    _check_tokens("x", x, layout.num_queries, operator.dim, dtypes)
+    only_keys = y is None and not operator.uses_content
+    tokens, channels = (layout.num_keys, operator.keys_dim) if only_keys else (layout.num_queries, operator.dim)
+    _check_tokens("x", x, tokens, channels, dtypes)
     batch_shape = tuple(x.shape[:-2])
     batch = math.prod(batch_shape)
     flat_x = x.reshape((batch, *x.shape[-2:]))
-    if y is None:
+    if only_keys:
+        flat_y, flat_x = flat_x, zeros(x, (batch, layout.num_queries, operator.dim))
+    elif y is None:
         if not layout.is_self or operator.keys_dim != operator.dim:
             raise InputError(
                 "D1",

@@ -64,6 +64,8 @@ class Backend(Protocol):
 
 def get_backend(name: str) -> Backend:
     """The backend of that name; a missing optional library is named, any other failure is the backend's own error."""
+    if not isinstance(name, str):
+        raise UnknownName("backend", name, BACKENDS, "A backend is given by name.")
     if ":" in name:
         module, _, attribute = name.partition(":")
     elif name in BACKENDS:
@@ -71,13 +73,16 @@ def get_backend(name: str) -> Backend:
     else:
         raise UnknownName("backend", name, BACKENDS, "Another package's backend is written package.module:attribute.")
     try:
-        found = getattr(import_module(module), attribute)
+        home = import_module(module)
     except ModuleNotFoundError as error:
         if error.name in EXTRAS:
             raise NotSupported(
                 name, None, [f"{error.name} is not installed; pip install 'translution[{error.name}]'"]
             ) from error
         raise
+    if not hasattr(home, attribute):
+        raise UnknownName("attribute", attribute, [n for n in vars(home) if not n.startswith("_")], f"In {module}.")
+    found = getattr(home, attribute)
     if not isinstance(found, Backend):
         raise TypeError(
             f"{name} is a {type(found).__name__}, not a backend: see translution.Backend for what it must provide"

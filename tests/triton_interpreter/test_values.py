@@ -52,6 +52,9 @@ CASES |= {
     "causal": p.translution((7,), 5, 1, head_dim=3, causal=True),
     "raster-causal": p.translution((3, 3), 5, 1, causal=True),
     "raster-causal-window": p.translution((3, 3), 5, 1, causal=True, kernel_size=3),
+    "raster-causal-across": Operator(
+        Lattice((2, 3), key_grid=(3, 2), offset=(1, 2), causal=True), 4, 1, PerDisplacement(3), Shared(3), Shared(3)
+    ),
     "causal-one-axis": p.translution((3, 3), 5, 1, causal=(False, True)),
     "raster-causal-3d": p.translution((2, 2, 2), 3, 1, causal=True),
     "3d": p.translution((2, 2, 3), 3, 1),
@@ -167,13 +170,23 @@ def test_sums_of_small_integers_are_exact(name):
 
 @pytest.mark.parametrize("level", [-6e4, 6e4])
 def test_logits_of_any_size_stay_within_the_bound(level, draw):
-    """A key beyond the grid, let in with logit 0, would beat every real key where all logits are very negative."""
     layout = Lattice((2, 2), registers=1)
     operator = Operator(layout, 4, 2, PerDisplacement(4), PerDisplacement(4), Shared(4), Softmax(bias=BiasTable()))
     params, x, _ = draw(operator)
     params["relevance.bias"] = params["relevance.bias"] + np.float32(level)
     exact = budget(operator, params, x)
     check("level", translution.run(operator, params, x, backend="triton"), exact.value, exact.out)
+
+
+def test_keys_beyond_the_grid_never_set_the_maximum(draw):
+    """With every real logit below -100, one that counts as 0 leaves nothing of the others in float32."""
+    operator = Operator(Lattice((2, 2)), 4, 2, PerDisplacement(4), PerDisplacement(4), PerDisplacement(4))
+    params, x, _ = draw(operator)
+    x = np.abs(x) + 1
+    params["query.table"] = np.abs(params["query.table"]) + 4
+    params["key.table"] = -np.abs(params["key.table"]) - 4
+    exact = budget(operator, params, x)
+    check("negative", translution.run(operator, params, x, backend="triton"), exact.value, exact.out)
 
 
 def test_saturated_softmax_stays_finite(draw):
