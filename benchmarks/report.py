@@ -7,7 +7,6 @@ are taken round by round, and given as median and range. Peak memory comes from 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,13 @@ GATE = {"forward": 60.0, "forward and backward": 30.0, "memory": 10.0}
 
 
 def seconds(compute: Callable[[], object], at_least: float = 0.0) -> float:
-    """Time of one call, averaged over calls for at least that long."""
-    calls, start = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < at_least:
+    """Median time of the calls that are made within that time, at least one."""
+    taken: list[float] = []
+    while not taken or sum(taken) < at_least:
+        start = time.perf_counter()
         compute()
-        calls += 1
-    return (time.perf_counter() - start) / calls
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def run_pass(workload: Workload, name: str, which: str) -> object:
@@ -65,17 +65,20 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     return found
 
 
-def resident() -> int:
-    """Bytes that the process holds now."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * resource.getpagesize()
+def held(field: str) -> int:
+    """Bytes by ``field`` of this process: VmRSS now, VmHWM at most so far.
+
+    Like ru_maxrss, which on Linux would also count what the parent held before this program was started.
+    """
+    (line,) = (n for n in Path("/proc/self/status").read_text().splitlines() if n.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory(workload: Workload, name: str, which: str) -> int:
-    """Bytes above what was held before one pass; of use in a fresh process only."""
-    before = resident()
+    """Most bytes held in one pass above what was held before; of use in a fresh process only."""
+    before = held("VmRSS")
     run_pass(workload, name, which)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return held("VmHWM") - before
 
 
 def memory_of(key: str, name: str, which: str, threads: int) -> int:

@@ -9,8 +9,8 @@ class Row:
     """One line of a verification.
 
     ``worst_share`` is the largest error as a share of its bound: above 1 is a failure, 0 where nothing differed.
-    ``exact_cases`` of the ``cases`` were compared for equality. ``peer`` is what was compared with. Without cases nothing
-    was compared: ``passed`` then tells whether that is in order, and ``detail`` why.
+    ``exact_cases`` of the ``cases`` were compared for equality. ``peer`` is what was compared with. Without cases
+    nothing was compared: ``passed`` then tells whether that is in order, and ``detail`` why.
     """
 
     section: str

@@ -7,22 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from translution.conformance.results import Row
+from translution.errors import NotSupported
 
 Progress = Callable[[str, int, int], None]
+
+# What the interpreter can do while the other backends run.
+INTERPRETED_CASES = 3
 
 
 def verify_everything(cases: int, only: str | None, progress: Progress) -> list[Row]:
     """Every reduction on every backend that claims it (``reductions``), then trained models on digits (``digits``)."""
     rows: list[Row] = []
     if only in (None, "reductions"):
-        from translution.conformance.verify_reductions import verify_reductions
-
-        rows += verify_reductions(cases=cases, progress=progress)
+        rows += _verify_reductions(cases, progress)
     if only in (None, "digits"):
         from translution.conformance.verify_digits import verify_digits
 
         rows += verify_digits(progress=progress)
     return rows
+
+
+def _verify_reductions(cases: int, progress: Progress) -> list[Row]:
+    from translution.conformance import interpreted
+    from translution.conformance.verify_reductions import verify_reductions
+    from translution.registry import BACKENDS, get_backend
+
+    try:
+        on_gpu = not get_backend("triton").unavailable()
+    except NotSupported:
+        on_gpu = True  # triton is not installed; its row will say so
+    if on_gpu:
+        return verify_reductions(cases=cases, progress=progress)
+    beside = interpreted.start(min(cases, INTERPRETED_CASES))
+    try:
+        rows = verify_reductions([name for name in BACKENDS if name != "triton"], cases, progress=progress)
+    except BaseException:
+        beside.kill()
+        raise
+    return rows + interpreted.finish(beside)
 
 
 def load_factory(text: str) -> Callable[[], Any]:

@@ -47,9 +47,7 @@ class _Tally:
     values_only: list[str] = field(default_factory=list)
 
     def row(self, reduction: Reduction, runner: Runner) -> Row:
-        notes = [reduction.peer]
-        if self.exact:
-            notes.append(f"{self.exact} with equality on whole numbers")
+        notes = []
         if self.refused:
             every = dict.fromkeys(reason for reasons in self.refused for reason in reasons)
             notes.append(f"{len(self.refused)} not claimed ({'; '.join(every)})")
@@ -67,6 +65,8 @@ class _Tally:
             self.worst_share,
             not self.failures,
             "; ".join(notes),
+            reduction.peer,
+            self.exact,
         )
 
 
@@ -260,8 +260,14 @@ def verify_reductions(
     """
     chosen = all_reductions() if reductions is None else tuple(reductions)
     runners, rows = _runners(backends)
-    for number, reduction in enumerate(chosen):
-        progress(SECTION, number, len(chosen))
-        rows += _verify(reduction, runners, cases, dtypes)
+    threads = torch.get_num_threads()
+    # Arrays this small only lose by being shared out.
+    torch.set_num_threads(1)
+    try:
+        for number, reduction in enumerate(chosen):
+            progress(SECTION, number, len(chosen))
+            rows += _verify(reduction, runners, cases, dtypes)
+    finally:
+        torch.set_num_threads(threads)
     progress(SECTION, len(chosen), len(chosen))
     return rows

@@ -35,6 +35,10 @@ class RegisterClass:
 Label = Displacement | RegisterClass
 
 
+def _each(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * rank
+
+
 @dataclass(frozen=True, slots=True)
 class Lattice:
     """Tokens on a lattice of any rank, after ``registers`` tokens without a position.
@@ -245,22 +249,22 @@ class Lattice:
     @property
     def strides(self) -> tuple[int, ...]:
         """``stride``, one per axis."""
-        return per_axis("stride", self.stride, self.rank, 1)
+        return _each(self.stride, self.rank)
 
     @property
     def key_strides(self) -> tuple[int, ...]:
         """``key_stride``, one per axis."""
-        return per_axis("key_stride", self.key_stride, self.rank, 1)
+        return _each(self.key_stride, self.rank)
 
     @property
     def dilations(self) -> tuple[int, ...]:
         """``dilation``, one per axis."""
-        return per_axis("dilation", self.dilation, self.rank, 1)
+        return _each(self.dilation, self.rank)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """``offset``, one per axis."""
-        return per_axis("offset", self.offset, self.rank)
+        return _each(self.offset, self.rank)
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -269,7 +273,7 @@ class Lattice:
             raise SpecError(
                 "L2", "kernel_size=None", "this layout has no window", "Ask only where kernel_size is given"
             )
-        return per_axis("kernel_size", self.kernel_size, self.rank, 1)
+        return _each(self.kernel_size, self.rank)
 
     @property
     def raster_causal(self) -> bool:
@@ -287,7 +291,7 @@ class Lattice:
     def paddings(self) -> tuple[int, ...]:
         """Steps from the query back to its window's first tap, one per axis."""
         if self.padding is not None:
-            return per_axis("padding", self.padding, self.rank)
+            return _each(self.padding, self.rank)
         return tuple(
             d * (k - 1) if causal else d * ((k - 1) // 2)
             for k, d, causal in zip(self.window, self.dilations, self.axis_causal, strict=True)

@@ -104,7 +104,7 @@ def show_rows(rows: "Iterable[Row]") -> bool:
         own = [row for row in found if row.section == section]
         if len({(row.backend, row.algorithm) for row in own if row.cases}) > 1:
             console.print(_matrix(f"{section}: worst error as a share of its bound", own))
-            own = [row for row in own if not row.passed or not row.cases or row.detail]
+            own = [row for row in own if not row.passed or not row.cases]
             section = f"{section}: what was not run, or failed"
         if own:
             console.print(_listing(section, own))
@@ -116,6 +116,10 @@ def show_rows(rows: "Iterable[Row]") -> bool:
         f"{sum(row.cases for row in run):,} cases, {sum(row.exact_cases for row in run):,} of them for equality; "
         f"the worst error is {100 * worst:.2g}% of its bound."
     )
+    if partial := [row for row in run if "not claimed" in row.detail]:
+        console.print(
+            f"[dim]{len(partial)} comparisons leave out what their backend does not claim; --json says what.[/]"
+        )
     if missing := [row for row in found if not row.passed and not row.cases]:
         console.print(f"[bold red]{len(missing)} could not be compared[/]; the table says why.")
     return holds

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import translution
 from translution.backends.triton import claims
@@ -127,6 +125,9 @@ def every_case(chosen: Sequence[str], batches: Sequence[int], device: str) -> It
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every case and show one row each."""
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(prog="python -m translution.backends.triton.check", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; all by default")

@@ -28,7 +28,7 @@ def test_a_wrong_number_fails(monkeypatch):
 
 
 def test_a_kernel_that_does_not_run_fails_and_says_why(monkeypatch, capsys):
-    def broken(*args, **options):
+    def broken(*_, **__):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(check.translution, "run", broken)

@@ -12,16 +12,20 @@ import translution
 from translution.backends.triton import launch, operation
 from translution.conformance.comparison import check
 from translution.conformance.error_model import budget
-from translution.spec import Lattice, Mean, Ones, Operator, PerDisplacement
+from translution.spec import Lattice, Mean, Ones, Operator, PerDisplacement, Shared
 from translution.spec import presets as p
 
 CASES = {
     "2d": p.translution((2, 3), 17, 2, head_dim=9),
     "causal": p.translution((6,), 5, 1, causal=True, registers=1),
     "raster": p.translution((3, 3), 5, 1, causal=True, kernel_size=3),
+    # The later rows of queries see no displacement of the row where the raster order begins.
+    "raster-across": Operator(
+        Lattice((3, 2), key_grid=(1, 3), causal=True), 4, 1, PerDisplacement(3), Shared(3), Shared(3)
+    ),
     "3d": p.translution((2, 2, 3), 3, 1, causal=(True, False, False)),
     "across": Operator(
-        Lattice((3, 2), key_grid=(2, 3), offset=(-1, 1)), 4, 1, p.PerDisplacement(6), p.PerDisplacement(4), p.Shared(4)
+        Lattice((3, 2), key_grid=(2, 3), offset=(-1, 1)), 4, 1, PerDisplacement(6), PerDisplacement(4), Shared(4)
     ),
     "alpha": p.alpha_translution((2, 3), 6, 2, rank=3, registers=1),
     "ones": Operator(Lattice((3, 2), kernel_size=(3, 2)), 5, 1, PerDisplacement(35), relevance=Ones()),
