@@ -1,4 +1,4 @@
-"""The Triton kernel under Triton's interpreter, in a process of its own: the interpreter is chosen when triton is imported.
+"""The Triton kernel under Triton's interpreter, in its own process: triton decides at import whether it interprets.
 
 ``python -m translution.conformance.interpreted CASES`` prints the rows as JSON.
 """

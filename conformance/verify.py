@@ -65,7 +65,8 @@ def load_factory(text: str) -> Callable[[], Any]:
     if not callable(factory):
         public = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
         raise ValueError(f"--module {text}: {module_name} has no callable {attribute!r}; it has {', '.join(public)}")
-    return factory
+    found: Callable[[], Any] = factory
+    return found
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ import torch
 def build():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(2, 4, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, groups=1, padding="same")
+        torch.nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(4, 2, 3, groups=2, padding="same"),
     )
 
 not_callable = 3

@@ -184,11 +184,6 @@ def test_derivatives_of_native_kernels(algorithm: str, operator: Operator) -> No
     _check(operator, algorithm)
 
 
-def _leaves(case: Case) -> tuple[dict[str, Tensor], Tensor]:
-    params = {n: torch.tensor(v, requires_grad=True) for n, v in case.params.items()}
-    return params, torch.tensor(case.x, requires_grad=True)
-
-
 def _second(operator: Operator, algorithm: str) -> Mapping[str, Tensor]:
     """Gradients of the squared gradients."""
     tensors = _tensors(operator)
@@ -209,6 +204,19 @@ def test_second_derivatives_are_not_silently_zero() -> None:
             assert value.abs().max() > 1e-3, name
             # Both sum fewer than 1000 products of numbers whose result is of the size of the largest.
             assert (value - paired[name]).abs().max() <= 1000 * 2.0**-52 * paired[name].abs().max(), name
+
+
+@pytest.mark.parametrize("algorithm", [*GENERAL, "sdpa"])
+def test_a_first_call_in_inference_mode_leaves_later_ones_differentiable(algorithm: str) -> None:
+    layout = Lattice((5, len(algorithm)), kernel_size=3)  # no other test's: index arrays are kept by layout
+    operator = _operator(layout, Shared(4) if algorithm == "sdpa" else PerDisplacement(4), Softmax(bias=BiasTable()))
+    tensors = _tensors(operator)
+    params = {n: tensors[n] for n in operator.parameters}
+    mask = torch.ones(layout.num_queries, layout.num_keys, dtype=torch.bool)
+    with torch.inference_mode():
+        translution.run(operator, params, tensors["x"], mask=mask, algorithm=algorithm)
+    translution.run(operator, params, tensors["x"], mask=mask, algorithm=algorithm).sum().backward()
+    assert tensors["x"].grad is not None
 
 
 def test_only_wanted_gradients_are_computed() -> None:

@@ -93,7 +93,7 @@ class Geometry:
     @cached_property
     def distances(self) -> FloatArray:
         """|delta|_1 of every class [T]; 0 for registers and for pair tables (clause R5)."""
-        return np.abs(self._class_displacements).sum(axis=1)
+        return np.asarray(np.abs(self._class_displacements).sum(axis=1))
 
     @cached_property
     def quadratic_features(self) -> FloatArray:

@@ -151,11 +151,11 @@ def _rows(layout: Lattice) -> tuple[Rows, Rows]:
     """Row of every class in the query and value tables, by delta, and in the key table, by -delta (L3, L6)."""
     every = itertools.product(*(_axis_displacements(layout, axis) for axis in range(len(layout.grid))))
     seen = [d for d in every if _in_order(layout, d)]
-    pairs: list[RegisterPair] = []
-    for a in range(layout.registers):
-        pairs += [("registers", a, b) for b in range(layout.registers) if _register_sees(layout, a, b)]
-    pairs += [("registers", None, b) for b in range(layout.registers)]
-    pairs += [("registers", a, None) for a in range(layout.registers) if _register_sees(layout, a, None)]
+    every_register = range(layout.registers)
+    both = [(a, b) for a in every_register for b in every_register if _register_sees(layout, a, b)]
+    one = [(None, b) for b in every_register]
+    other = [(a, None) for a in every_register if _register_sees(layout, a, None)]
+    pairs: list[RegisterPair] = [("registers", a, b) for a, b in (*both, *one, *other)]
     tables: list[Rows] = []
     for mirrored in (False, True):
         grid = sorted({_label(layout, _negative(layout, d) if mirrored else d) for d in seen})

@@ -17,7 +17,7 @@ def no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def without_autocast(backward: Callable[[Any, Tensor], Results]) -> Callable[[Any, Tensor], Results]:
+def without_autocast(backward: Callable[[Any, Tensor], Results]) -> Callable[..., Results]:
     """A backward that also keeps its dtypes where it is called under autocast."""
 
     @wraps(backward)
@@ -52,6 +52,6 @@ class Operation(torch.autograd.Function):
         return found
 
     @staticmethod
-    def jvp(*_: Any) -> NoReturn:
+    def jvp(ctx: Any, *grad_inputs: Any) -> NoReturn:  # noqa: ARG004 - torch's signature
         """Always :class:`NotSupported`."""
         raise NotSupported("torch", None, ["stream and sdpa have no forward-mode derivative; algorithm='pairwise' has"])

@@ -6,9 +6,10 @@ that a column offset leaves, for every row offset. Steps that share bands follow
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,19 @@ from torch import Tensor
 
 from translution.geometry import Geometry, IntArray, Step, geometry
 from translution.spec import Layout
+
+Result = TypeVar("Result")
+
+
+def _kept(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Tensors that outlive the call must be usable in every mode, even where the first call is in inference mode."""
+
+    @wraps(compute)
+    def computed(*arguments: Any) -> Result:
+        with torch.inference_mode(False):
+            return compute(*arguments)
+
+    return computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +133,19 @@ class Links:
         return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)).to(self.device)
 
     @cached_property
+    @_kept
     def query_index(self) -> Tensor:
         """Query of every link [L]."""
         return self._joined([s.query_index for s in self.steps])
 
     @cached_property
+    @_kept
     def key_index(self) -> Tensor:
         """Key of every link [L]; num_keys for the zero token."""
         return self._joined([s.key_index for s in self.steps])
 
     @cached_property
+    @_kept
     def value_class(self) -> Tensor:
         """Class c(i, j) of every link [L]."""
         return self._joined([np.full(len(s.query_index), s.value_class) for s in self.steps])
@@ -147,11 +164,13 @@ class Links:
         }
 
     @cached_property
+    @_kept
     def degree(self) -> Tensor:
         """Number of links of every query [Nq]."""
         return torch.bincount(self.query_index, minlength=self.geometry.num_queries)
 
     @cached_property
+    @_kept
     def all_seen(self) -> bool:
         """Whether every query and every key has a link."""
         queries, keys = np.unique(self.query_index.cpu()), np.unique(self.key_index.cpu())
@@ -160,6 +179,7 @@ class Links:
         )
 
     @cached_property
+    @_kept
     def support(self) -> Tensor | None:
         """Which pairs are linked [Nq, Nk]; None for all of them. Only where no link leads to the zero token."""
         queries, keys = self.geometry.num_queries, self.geometry.num_keys
@@ -168,6 +188,7 @@ class Links:
         return None if bool(linked.all()) else linked
 
     @cached_property
+    @_kept
     def is_lower_triangle(self) -> bool:
         """Whether every query is linked with the keys up to its own number."""
         linked = self.support
@@ -178,6 +199,7 @@ class Links:
         )
 
     @cached_property
+    @_kept
     def buckets(self) -> tuple[Bucket, ...]:
         """Queries by the power of two above their number of links: padding at most doubles the links."""
         query = self.query_index.cpu().numpy()
@@ -196,6 +218,7 @@ class Links:
         return tuple(found)
 
     @cached_property
+    @_kept
     def slot_of_link(self) -> Tensor:
         """Where each link [L] stands in the buckets, one after another."""
         slots = torch.cat([b.slots for b in self.buckets]) if self.buckets else self.query_index
@@ -273,6 +296,7 @@ def _order(band: Band) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 
 
 @lru_cache(maxsize=64)
+@_kept
 def links(layout: Layout, device: torch.device) -> Links:
     """The links of ``layout`` on ``device``."""
     found = geometry(layout)

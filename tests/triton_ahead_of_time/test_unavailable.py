@@ -40,7 +40,7 @@ def test_explain_gives_the_reason():
 
 @needs_no_gpu
 def test_check_says_that_there_is_no_gpu():
-    command = [sys.executable, "-m", "translution.backends.triton.check"]
+    command = [sys.executable, "-m", "translution.conformance.device_check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert "no GPU" in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""``python -m translution.backends.triton.check``: the kernel on this machine's GPU against the exact results.
+"""``python -m translution.conformance.device_check``: the kernel on this machine's GPU against the exact results.
 
 Everything else about the kernel is tested without a GPU; this proves the rest. Exit code 0 where every case is within
 its running error bound, 1 where one is not, 2 where there is no GPU.
@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ import torch
 import translution
 from translution.backends.triton import claims
 from translution.backends.triton.launch import INTERPRETED
+from translution.conformance.comparison import share, worst_error
+from translution.conformance.error_model import budget
 from translution.spec import Lattice, Mean, Operator, PerDisplacement, presets
 
 Array = npt.NDArray[Any]
@@ -81,9 +82,6 @@ def drawn(
 
 def measured(name: str, operator: Operator, dtype: str, batch: int, seed: int, device: str) -> Found:
     """One case on the device."""
-    # The bounds belong to the conformance suite, which stands above the backends; only this command looks up to it.
-    error_model = import_module("translution.conformance.error_model")
-    comparison = import_module("translution.conformance.comparison")
     params, x, y, mask = drawn(operator, batch, seed)
 
     def rounded(value: Array) -> torch.Tensor:
@@ -106,10 +104,10 @@ def measured(name: str, operator: Operator, dtype: str, batch: int, seed: int, d
     result = out.double().cpu().numpy()
     seconds = time.perf_counter() - start
     wide = {key: exact(value) for key, value in params.items()}
-    bound = error_model.budget(operator, wide, exact(x), None if y is None else exact(y), mask, dtype=dtype)
-    expected = bound.value
-    share = float(comparison.share(name, result, expected, bound.out))
-    return Found(name, dtype, batch, float(comparison.worst_error(name, result, expected)), share, seconds)
+    bounded = budget(operator, wide, exact(x), None if y is None else exact(y), mask, dtype=dtype)
+    expected = bounded.value
+    used = share(name, result, expected, bounded.out)
+    return Found(name, dtype, batch, worst_error(name, result, expected), used, seconds)
 
 
 def every_case(chosen: Sequence[str], batches: Sequence[int], device: str) -> Iterator[Found]:
@@ -128,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(prog="python -m translution.backends.triton.check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m translution.conformance.device_check", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; all by default")
     parser.add_argument("--batch", action="append", type=int, help="may be given again; 1 and 5 by default")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from translution.backends.triton import check
+from translution.conformance import device_check as check
 from translution.spec import presets
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--batch", "2"]
