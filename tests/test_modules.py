@@ -75,8 +75,7 @@ def axes(draw: Any, rank: int, low: int, high: int) -> tuple[int, ...]:
 
 
 @st.composite
-def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
-    rank = draw(st.integers(1, 3))
+def convolutions(draw: Any, rank: int) -> tuple[nn.Module, tuple[int, ...]]:
     kernel = draw(axes(rank, 1, (4, 3, 2)[rank - 1]))
     dilation = draw(axes(rank, 1, 2 if rank < 3 else 1 + draw(st.booleans())))
     padding = draw(st.sampled_from(["same", "valid", "numbers", "numbers", "numbers"]))
@@ -113,10 +112,11 @@ def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
     return module, (*batch, channels[0], *grid)
 
 
-@examples(250)
-@given(convolutions(), st.integers(0, 2**20))
-def test_E5_R2_convolution(case: tuple[nn.Module, tuple[int, ...]], seed: int) -> None:
-    module, shape = case
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@examples(200)
+@given(st.data(), st.integers(0, 2**20))
+def test_E5_R2_convolution(rank: int, data: st.DataObject, seed: int) -> None:
+    module, shape = data.draw(convolutions(rank))
     x = generator(seed)
     fill(module, x)
     _, used, compared = compare(module, {"input": numbers(shape, x)}, x)
