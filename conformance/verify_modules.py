@@ -82,7 +82,8 @@ def verify_modules(
 ) -> list[Row]:
     """One row for each convertible module of ``factory()``, on a normal random input of ``shape``.
 
-    A module that can't be converted or never ran has a row without cases that does not pass: nothing was shown of it.
+    A module that can't be converted has a row without cases that says why; one that never ran does not pass, as nothing
+    was shown of it.
     """
     model = factory()
     if not isinstance(model, nn.Module):
@@ -121,7 +122,7 @@ def _verify(
     try:
         describe(module)
     except ConversionError as refused:
-        return row(0, 0.0, 0.0, False, str(refused))
+        return row(0, 0.0, 0.0, True, str(refused))
     if not captured:
         return row(0, 0.0, 0.0, False, "never ran on this input: nothing was compared")
     error, used, compared = 0.0, 0.0, ""
@@ -129,7 +130,9 @@ def _verify(
         cotangents = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
         try:
             one_error, one_share, compared = compare(module, call, cotangents, algorithm, backend)
-        except (ComparisonError, ConversionError, NotSupported, InputError, SpecError) as failed:
+        except ConversionError as refused:
+            return row(0, 0.0, 0.0, True, f"call {number + 1}: {refused}")
+        except (ComparisonError, NotSupported, InputError, SpecError) as failed:
             return row(number + 1, float("inf"), float("inf"), False, f"call {number + 1}: {failed}")
         error, used = max(error, one_error), max(used, one_share)
     return row(len(captured), error, used, used <= 1, f"{'agrees' if used <= 1 else 'differs'}: {compared}")

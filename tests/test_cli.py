@@ -18,6 +18,22 @@ def build():
         torch.nn.Conv2d(4, 2, 3, groups=2, padding="same"),
     )
 
+def build_with_an_unconvertible_part():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Conv1d(4, 4, 1)
+            self.attend = torch.nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)
+
+        def forward(self, x):
+            x = self.embed(x).mT
+            return self.attend(x, x, x)[0]
+
+    return Model()
+
+def build_nothing_convertible():
+    return torch.nn.Linear(4, 4)
+
 not_callable = 3
 """
 
@@ -41,6 +57,23 @@ def test_verify_a_users_module(tmp_path: Path) -> None:
     for subject in subjects:
         assert subject in done.stdout
     assert all(0 < row["worst_share"] <= 1 for row in found["rows"] if row["cases"])
+
+
+def test_verify_says_why_a_module_is_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "shop_models.py").write_text(MODEL)
+    done = translution(
+        "verify", "--module", "shop_models:build_with_an_unconvertible_part", "--input", "2,4,5", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "add_bias_kv" in done.stdout
+    assert "1 could not be compared" in done.stdout
+
+
+def test_verify_of_nothing_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / "shop_models.py").write_text(MODEL)
+    done = translution("verify", "--module", "shop_models:build_nothing_convertible", "--input", "2,4", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no convertible module" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_every_module_has_its_row() -> None:
         ("even (Conv2d)", 1, True),
         ("encoder.layers.0.self_attn (MultiheadAttention)", 1, True),
         ("attention = alias (MultiheadAttention)", 2, True),
-        ("zero (MultiheadAttention)", 0, False),
+        ("zero (MultiheadAttention)", 0, True),
         ("unused (Conv1d)", 0, False),
     ]
     assert all(0 < row.worst_share <= 1 for row in rows if row.cases)  # 0 would mean that nothing was computed twice

@@ -65,9 +65,9 @@ def _share(row: "Row") -> str:
 
 
 def _verdict(row: "Row") -> str:
-    if row.passed:
-        return "[green]holds[/]" if row.cases else "[yellow]not run[/]"
-    return "[bold red]FAILS[/]" if row.cases else "[bold red]not compared[/]"
+    if row.cases:
+        return "[green]holds[/]" if row.passed else "[bold red]FAILS[/]"
+    return "[yellow]not compared[/]" if row.passed else "[bold red]not compared[/]"
 
 
 def _matrix(title: str, rows: "list[Row]") -> Table:
@@ -105,7 +105,7 @@ def show_rows(rows: "Iterable[Row]") -> bool:
         if len({(row.backend, row.algorithm) for row in own if row.cases}) > 1:
             console.print(_matrix(f"{section}: worst error as a share of its bound", own))
             own = [row for row in own if not row.passed or not row.cases]
-            section = f"{section}: what was not run, or failed"
+            section = f"{section}: what was not compared, or failed"
         if own:
             console.print(_listing(section, own))
     run = [row for row in found if row.cases]
@@ -120,8 +120,8 @@ def show_rows(rows: "Iterable[Row]") -> bool:
         console.print(
             f"[dim]{len(partial)} comparisons leave out what their backend does not claim; --json says what.[/]"
         )
-    if missing := [row for row in found if not row.passed and not row.cases]:
-        console.print(f"[bold red]{len(missing)} could not be compared[/]; the table says why.")
+    if missing := [row for row in found if not row.cases]:
+        console.print(f"[bold yellow]{len(missing)} could not be compared[/]: the table says why.")
     return holds
 
 
