@@ -36,13 +36,13 @@ def _kept(compute: Callable[..., Result]) -> Callable[..., Result]:
 class Band:
     """Rows ``base + sum_k n_k strides_k`` with 0 <= n_k < sizes_k, last axis fastest; or the rows ``index`` lists.
 
-    A list belongs to one step, ``step``, and its rows may repeat.
+    A list has a ``number`` of its own, and its rows may repeat.
     """
 
     base: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-    step: int = -1
+    number: int = -1
     index: Tensor | None = field(default=None, compare=False)
 
     def _view(self, tokens: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Rows ``first`` to ``last`` of a band."""
+    """Rows ``first`` to ``last`` of a band; equal bands of a layout are one object."""
 
     band: Band
     first: int
@@ -125,9 +125,14 @@ class Links:
         return self.visits[-1].stop if self.visits else 0
 
     @cached_property
+    def sizes(self) -> frozenset[int]:
+        """Numbers of links that a visit has."""
+        return frozenset(v.stop - v.start for v in self.visits)
+
+    @property
     def widest(self) -> int:
-        """Links of the largest step."""
-        return max((v.stop - v.start for v in self.visits), default=0)
+        """Links of the largest visit."""
+        return max(self.sizes, default=0)
 
     def _joined(self, parts: list[IntArray]) -> Tensor:
         return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)).to(self.device)
@@ -255,11 +260,11 @@ def _nests(sizes: list[int], strides: list[int]) -> bool:
     return True
 
 
-def _place(index: IntArray, tokens: int, step: int, device: torch.device) -> Place:
+def _place(index: IntArray, tokens: int, number: int, device: torch.device) -> Place:
     """The rows of one step as a range of a band; a list of its own where they are no box or repeat."""
     box = _box(index)
     if box is None or not _nests(*box):
-        return Place(Band(0, (), (), step, torch.from_numpy(index).to(device)), 0, len(index))
+        return Place(Band(0, (), (), number, torch.from_numpy(index).to(device)), 0, len(index))
     sizes, strides = box
     turn, base = divmod(int(index[0]), strides[0])
     inner = sum((n - 1) * s for n, s in zip(sizes[1:], strides[1:], strict=True))
@@ -283,8 +288,8 @@ def _placed_steps(found: Geometry, device: torch.device) -> list[tuple[Step, Pla
     placed = [
         (
             piece,
-            _place(piece.query_index, queries, number, device),
-            _place(piece.key_index, keys, number, device),
+            _place(piece.query_index, queries, 2 * number, device),
+            _place(piece.key_index, keys, 2 * number + 1, device),
         )
         for number, piece in enumerate(pieces)
     ]
@@ -292,7 +297,7 @@ def _placed_steps(found: Geometry, device: torch.device) -> list[tuple[Step, Pla
 
 
 def _order(band: Band) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    return band.step, band.base, band.sizes, band.strides
+    return band.number, band.base, band.sizes, band.strides
 
 
 @lru_cache(maxsize=64)
@@ -302,8 +307,10 @@ def links(layout: Layout, device: torch.device) -> Links:
     found = geometry(layout)
     visits, steps, start = [], [], 0
     values: set[int] = set()
+    bands: dict[Band, Band] = {}
     keys: set[int] = set()
     for step, query, key in _placed_steps(found, device):
+        query, key = (replace(p, band=bands.setdefault(p.band, p.band)) for p in (query, key))
         stop = start + len(step.query_index)
         new_value, new_key = step.value_class not in values, step.key_class not in keys
         visits.append(Visit(step.value_class, step.key_class, start, stop, query, key, new_value, new_key))

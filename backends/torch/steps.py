@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from translution.backends.torch.encoding import Encoded, Table
+from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Band, Links, Place, Visit
 from translution.backends.torch.relevance import LinkMask
 
@@ -14,37 +14,38 @@ class Reader:
     """Rows of tokens [N, B, F], band by band, as [P * B, F]."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self._tokens, self._features = tokens.contiguous().flatten(1), tokens.shape[-1]
+        self._tokens, (_, self._batch, self._features) = tokens.contiguous().flatten(1), tokens.shape
         self._band: Band | None = None
         self._rows = self._tokens
 
     def rows(self, place: Place) -> Tensor:
         """The rows of ``place``, not to be written."""
-        if place.band != self._band:
-            self._band, self._rows = place.band, place.band.read(self._tokens)
-        return self._rows[place.first : place.last].view(-1, self._features)
+        if place.band is not self._band:
+            self._band, self._rows = place.band, place.band.read(self._tokens).view(-1, self._features)
+        return self._rows[place.first * self._batch : place.last * self._batch]
 
 
 class Adder:
     """Sums into tokens [N, B, F], band by band."""
 
     def __init__(self, shape: Sequence[int], like: Tensor) -> None:
-        self._total, self._features = like.new_zeros(shape), shape[-1]
+        self._total, (_, self._batch, self._features) = like.new_zeros(shape), shape
         self._tokens = self._total.flatten(1)
         self._band: Band | None = None
-        self._rows = self._tokens
+        self._sums = self._rows = self._tokens
 
     def rows(self, place: Place) -> Tensor:
         """The sums of ``place`` [P * B, F], to add to until the next call."""
-        if place.band != self._band:
+        if place.band is not self._band:
             self.flush()
-            self._band, self._rows = place.band, place.band.sums(self._tokens)
-        return self._rows[place.first : place.last].view(-1, self._features)
+            self._band, self._sums = place.band, place.band.sums(self._tokens)
+            self._rows = self._sums.view(-1, self._features)
+        return self._rows[place.first * self._batch : place.last * self._batch]
 
     def flush(self) -> Tensor:
         """All sums [N, B, F]."""
         if self._band is not None:
-            self._band.add(self._rows, self._tokens)
+            self._band.add(self._sums, self._tokens)
             self._band = None
         return self._total
 
@@ -97,7 +98,10 @@ class RoleSteps:
         self.batch, self._features = like.shape[1], encoded.heads * encoded.head_dim
         self._base = None if encoded.base is None else Reader(encoded.base.flatten(2))
         self._z = [Reader(table.z) for table in encoded.tables]
-        self._out = like.new_empty((links.widest * self.batch, self._features))
+        self._matrices = [table.matrices.unbind(0) for table in encoded.tables]
+        workspace = like.new_empty((links.widest * self.batch, self._features))
+        by_head = workspace.view(links.widest, self.batch, encoded.heads, encoded.head_dim)
+        self._outs = {n: (workspace[: n * self.batch], by_head[:n]) for n in links.sizes}
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
         self._dead = None
@@ -128,24 +132,24 @@ class RoleSteps:
     def _place(self, visit: Visit) -> Place:
         return visit.query if self.encoded.side == "query" else visit.key
 
-    def _matrix(self, table: Table, visit: Visit) -> Tensor:
-        return table.matrices[self._row(visit)[0]].to(table.z.dtype)
+    def _matrix(self, number: int, row: int) -> Tensor:
+        """A table's matrix for the role's row, in the accumulation dtype."""
+        return self._matrices[number][row].to(self.encoded.tables[number].z.dtype)
 
     def encode(self, visit: Visit) -> Tensor:
         """The role's result for a step's links, [P, B, heads, head_dim], in a workspace; 0 where masked (clause M4)."""
-        count, role, place = visit.stop - visit.start, self.encoded, self._place(visit)
-        flat = self._out[: count * self.batch]
-        out = flat.view(count, self.batch, role.heads, role.head_dim)
+        role, place, (row, _) = self.encoded, self._place(visit), self._row(visit)
+        flat, out = self._outs[visit.stop - visit.start]
         if self._is_product:
-            _multiply(self._z[0].rows(place), self._matrix(role.tables[0], visit), flat)
+            _multiply(self._z[0].rows(place), self._matrix(0, row), flat)
         else:
             if self._base is None:
                 flat.zero_()
             else:
                 flat.copy_(self._base.rows(place))
-            for table, z in zip(role.tables, self._z, strict=True):
+            for n, table in enumerate(role.tables):
                 product = flat.new_empty((len(flat), role.heads * table.width))
-                _multiply(z.rows(place), self._matrix(table, visit), product)
+                _multiply(self._z[n].rows(place), self._matrix(n, row), product)
                 out[..., table.start : table.start + table.width] += product.view(*out.shape[:3], table.width)
             self._turn(out, visit, 1)
         if self._dead is not None:
@@ -155,7 +159,7 @@ class RoleSteps:
     def add_encoded(self, visit: Visit, total: Tensor) -> None:
         """Add the result of a step to ``total`` [P * B, features]."""
         if self._is_product and self._dead is None:
-            _add_product(self._z[0].rows(visit.key), self._matrix(self.encoded.tables[0], visit), total)
+            _add_product(self._z[0].rows(visit.key), self._matrix(0, self._row(visit)[0]), total)
         else:
             total.add_(self.encode(visit).view(total.shape))
 
@@ -181,7 +185,7 @@ class RoleSteps:
             if d_matrices is not None:
                 _outer(self._live_rows(self._z[n].rows(place), visit), own, d_matrices[row], opens)
             if d_z is not None:
-                _add_product(own, self._matrix(table, visit).mT, d_z.rows(place))
+                _add_product(own, self._matrix(n, row).mT, d_z.rows(place))
 
     def _live_rows(self, rows: Tensor, visit: Visit) -> Tensor:
         """The rows with those that no head sees zeroed: 0 times their NaN would reach the table's gradient."""
