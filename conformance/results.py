@@ -1,5 +1,8 @@
 """What a check found: one row per subject, backend and algorithm."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,5 +29,21 @@ class Row:
     exact_cases: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return asdict(self)
+        """Plain data for ``--json``; what is not finite becomes None."""
+        found = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+
+
+class CannotVerify(ValueError):
+    """What was given can't be checked at all: no such module, or a model that does not run."""
+
+
+@contextmanager
+def blame(doing: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of what the user gave, and is told as such."""
+    try:
+        yield
+    except CannotVerify:
+        raise
+    except (Exception, SystemExit) as error:
+        raise CannotVerify(f"{doing} failed with {type(error).__name__}: {error}") from error

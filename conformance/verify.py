@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from translution.conformance.results import Row
+from translution.conformance.results import CannotVerify, Row, blame
 from translution.errors import NotSupported
 
 Progress = Callable[[str, int, int], None]
@@ -51,20 +51,16 @@ def load_factory(text: str) -> Callable[[], Any]:
     """The callable that ``pkg.mod:factory`` names; modules of the current folder are found too."""
     module_name, separator, attribute = text.partition(":")
     if not separator or not module_name or not attribute:
-        raise ValueError(f"--module {text}: write package.module:factory, where factory() returns a torch.nn.Module")
+        raise CannotVerify(f"--module {text}: write package.module:factory, where factory() returns a torch.nn.Module")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
+    with blame(f"importing {module_name}"):
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module_name.split(".")[: error.name.count(".") + 1] == error.name.split("."):
-            raise ValueError(f"--module {text}: no module {error.name} on the path or in {folder}") from error
-        raise
     factory = getattr(module, attribute, None)
     if not callable(factory):
         public = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-        raise ValueError(f"--module {text}: {module_name} has no callable {attribute!r}; it has {', '.join(public)}")
+        raise CannotVerify(f"--module {text}: {module_name} has no callable {attribute!r}; it has {', '.join(public)}")
     found: Callable[[], Any] = factory
     return found
 
@@ -76,7 +72,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise ValueError(f"--input {text}: give positive sizes separated by commas, e.g. 1,3,32,32")
+        raise CannotVerify(f"--input {text}: give positive sizes separated by commas, e.g. 1,3,32,32")
     return shape
 
 

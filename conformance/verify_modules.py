@@ -21,7 +21,7 @@ from translution.backends.torch.conversion import CONVERTIBLE, ConversionError, 
 from translution.backends.torch.modules import TranslutionAttention, drop_in
 from translution.conformance.comparison import ComparisonError, share, worst_error
 from translution.conformance.module_bounds import attention_bounds, evaluate, window_bounds
-from translution.conformance.results import Row
+from translution.conformance.results import CannotVerify, Row, blame
 from translution.conformance.rounding import ARITHMETIC
 from translution.errors import InputError, NotSupported
 from translution.spec import SpecError
@@ -82,17 +82,19 @@ def verify_modules(
 ) -> list[Row]:
     """One row for each convertible module of ``factory()``, on a normal random input of ``shape``.
 
-    A module that can't be converted has a row without cases that says why; one that never ran does not pass, as nothing
-    was shown of it.
+    The model is put into eval mode. A module that can't be converted has a row without cases that says why; one that
+    never ran does not pass, as nothing was shown of it.
     """
-    model = factory()
+    with blame("building the model"):
+        model = factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory returned a {type(model).__name__}, not a torch.nn.Module")
-    model = copy.deepcopy(model).eval()
+        raise CannotVerify(f"the factory returned a {type(model).__name__}, not a torch.nn.Module")
+    model = model.eval()
     generator = torch.Generator().manual_seed(seed)
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    inputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(example.dtype).to(example.device)
-    calls = capture(model, inputs)
+    with blame(f"the model on a random input {shape} of {example.dtype}"):
+        inputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(example.dtype).to(example.device)
+        calls = capture(model, inputs)
     names: dict[nn.Module, list[str]] = {module: [] for module in calls}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in names:
@@ -132,8 +134,10 @@ def _verify(
             one_error, one_share, compared = compare(module, call, cotangents, algorithm, backend)
         except ConversionError as refused:
             return row(0, 0.0, 0.0, True, f"call {number + 1}: {refused}")
-        except (ComparisonError, NotSupported, InputError, SpecError) as failed:
-            return row(number + 1, float("inf"), float("inf"), False, f"call {number + 1}: {failed}")
+        except Exception as failed:  # noqa: BLE001 - one module that breaks is its own row; the others still run
+            named = isinstance(failed, (ComparisonError, NotSupported, InputError, SpecError))
+            words = str(failed) if named else f"{type(failed).__name__}: {failed}"
+            return row(number + 1, float("inf"), float("inf"), False, f"call {number + 1}: {words}")
         error, used = max(error, one_error), max(used, one_share)
     return row(len(captured), error, used, used <= 1, f"{'agrees' if used <= 1 else 'differs'}: {compared}")
 

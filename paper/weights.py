@@ -21,6 +21,7 @@ import numpy as np
 from translution.arrays import Array, kind_of
 from translution.errors import InputError
 from translution.spec import LowRank, Operator, Shared, Sum, presets
+from translution.spec.checks import is_whole
 
 Family = Literal["vit", "gpt"]
 Kind = Literal["full", "alpha", "attention"]
@@ -65,6 +66,8 @@ def load_operator(
     Raises:
         InputError: an argument or a name or shape in ``state`` does not fit.
     """
+    if not isinstance(state, Mapping):
+        raise InputError("P1", f"state is a {type(state).__name__}", "state maps names to arrays", "Give a state dict")
     _check_choice("family", family, get_args(Family))
     _check_choice("kind", kind, get_args(Kind))
     chosen = _roles(kind, variant, rope, family)
@@ -107,7 +110,7 @@ def _sizes(
 ) -> tuple[int, ...]:
     sizes, unused = (grid, length) if family == "vit" else ((None if length is None else (length,)), grid)
     axes = 2 if family == "vit" else 1
-    if sizes is None or unused is not None or len(sizes) != axes:
+    if not isinstance(sizes, (tuple, list)) or unused is not None or len(sizes) != axes:
         raise InputError(
             "P1",
             f"family={family!r} with grid={grid}, length={length}",
@@ -121,7 +124,10 @@ def _sizes(
             "rank is the inner width per head of alpha",
             "Give it to alpha only",
         )
-    return tuple(int(n) for n in sizes)
+    for what, size in (("grid" if family == "vit" else "length", n) for n in sizes):
+        if not is_whole(size) or size < 1:
+            raise InputError("P1", f"{what} with {size!r}", f"{what} holds whole numbers, at least 1", "Give ints")
+    return tuple(sizes)
 
 
 def _operator(
@@ -138,7 +144,7 @@ def _operator(
     """The preset; their output projection is missing where one head already has the model's width."""
     projection = state.get("to_out.0.weight")
     projects = projection is not None or num_heads != 1
-    dim = head_dim if projection is None else len(projection)
+    dim = head_dim if projection is None or len(projection.shape) != 2 else len(projection)
     registers, causal = (1, False) if family == "vit" else (0, True)
     if roles is None:
         build = presets.rope_attention if rope else presets.self_attention

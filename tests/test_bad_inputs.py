@@ -283,7 +283,14 @@ BAD = [
         "not a backend",
         "must provide",
     ),
-    Bad("O1-operator", InputError, lambda: run(TEXT, {}, X), "a str", "takes a translution.spec.Operator", "preset"),  # type: ignore[arg-type]
+    Bad(
+        "O1-operator",
+        InputError,
+        lambda: run(TEXT, {}, X),
+        "a str",
+        "what runs is a translution.spec.Operator",
+        "preset",
+    ),  # type: ignore[arg-type]
     # Operators that cannot be
     Bad(
         "O1-heads",
@@ -371,7 +378,7 @@ BAD = [
         lambda: call(x=np.broadcast_to(tokens(4, 6), (10**12, 4, 6)), algorithm="pairwise"),
         "pairwise on batch 1000000000000 in float64",
         "GiB of working memory",
-        "Use a smaller batch",
+        "Use a batch of at most",
     ),
 ]
 

@@ -31,6 +31,18 @@ def build_with_an_unconvertible_part():
 
     return Model()
 
+def build_that_raises():
+    raise RuntimeError("no weights here")
+
+def build_that_exits():
+    raise SystemExit(0)
+
+def build_for_tokens():
+    return torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Conv1d(4, 4, 1))
+
+def build_not_a_module():
+    return 3
+
 def build_nothing_convertible():
     return torch.nn.Linear(4, 4)
 
@@ -85,6 +97,21 @@ def test_verify_of_nothing_does_not_hold(tmp_path: Path) -> None:
         (("verify", "--module", "shop_models:not_callable", "--input", "1,2"), ("not_callable", "build")),
         (("verify", "--module", "no_such_module:build", "--input", "1,2"), ("no_such_module",)),
         (("verify", "--module", "shop_models:build", "--input", "1,two"), ("1,two", "1,3,32,32")),
+        (
+            ("verify", "--module", "shop_models:build_that_raises", "--input", "1,2"),
+            ("RuntimeError", "no weights"),
+        ),
+        (
+            ("verify", "--module", "shop_models:build_that_exits", "--input", "1,2"),
+            ("SystemExit", "building"),
+        ),
+        (("verify", "--module", "shop_models:build_for_tokens", "--input", "1,2"), ("random input", "torch.float32")),
+        (("verify", "--module", "shop_models:build_not_a_module", "--input", "1,2"), ("int", "torch.nn.Module")),
+        (("verify", "--module", "shop_models:build", "--input", "1,9,9,9"), ("random input (1, 9, 9, 9)", "channels")),
+        (("verify", "--module", "shop_broken:build", "--input", "1,2"), ("importing shop_broken", "SyntaxError")),
+        (("verify", "--module", "shop_models:build", "--input", "1,2,9,8", "--only", "digits"), ("--only", "--module")),
+        (("verify", "--json", "no/such/folder.json"), ("--json", "folder that exists")),
+        (("doctor", "--json", "."), ("--json", "a file")),
         (("verify", "--only", "everything"), ("everything", "reductions")),
         (("explain", "translution2d:height=7,width=7,dim=192"), ("num_heads",)),
         (("explain", "no_such_preset:height=7"), ("no_such_preset",)),
@@ -96,11 +123,30 @@ def test_wrong_use_exits_with_2_and_says_what_to_do(
     tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     (tmp_path / "shop_models.py").write_text(MODEL)
+    (tmp_path / "shop_broken.py").write_text("def build(:\n")
     done = translution(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def test_verify_without_torch_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')\n")
+    done = translution("verify", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "torch, which is not installed: pip install 'translution[conformance]'" in done.stderr
+
+
+def test_explain_does_not_promise_memory_that_is_not_there(tmp_path: Path) -> None:
+    done = translution(
+        "explain", "self_attention2d:height=1024,width=1024,dim=4,num_heads=2", "--json", "o.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    candidates = json.loads((tmp_path / "o.json").read_text())["candidates"]
+    (pairwise,) = (c for c in candidates if (c["backend"], c["algorithm"]) == ("torch", "pairwise"))
+    assert not pairwise["runs"]
+    assert "GiB of working memory" in pairwise["reasons"][0]
 
 
 def test_explain_shows_parameters_and_every_backend(tmp_path: Path) -> None:

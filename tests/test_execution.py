@@ -79,6 +79,9 @@ def test_a_gradient_is_never_dropped() -> None:
         translution.run(OPERATOR, params, x, backend="numpy")
     with torch.no_grad():
         assert translution.run(OPERATOR, params, x, backend="numpy").shape == (1, 7, 4)
+    leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in params.items()}
+    with pytest.raises(InputError, match=r"no gradient.*x as a tensor"):
+        translution.run(OPERATOR, leaves, x.detach().numpy())
 
 
 def test_numpy_parameters_serve_a_differentiable_call() -> None:
@@ -130,6 +133,10 @@ def test_compiled_operator_is_the_call_it_stands_for() -> None:
     assert translution.compile(OPERATOR, plan=call.plan).plan == call.plan
     with pytest.raises(InputError, match="another operator"):
         translution.compile(self_attention((3,), 4, 2), plan=Plan(OPERATOR, "numpy"))
+    with pytest.raises(InputError, match="Leave backend and algorithm out"):
+        translution.compile(OPERATOR, "numpy", "stream", plan=Plan(OPERATOR, "torch", "pairwise"))
+    with pytest.raises(InputError, match=r"a plan is a translution\.Plan"):
+        translution.compile(OPERATOR, plan="plan.json")  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="Did you mean 'numpy'"):
         translution.compile(OPERATOR, backend="nunpy")
     with pytest.raises(InputError, match=r"translution\.spec\.Operator"):
@@ -140,7 +147,7 @@ def test_B3_more_memory_than_there_is_is_refused_before_anything_is_built() -> N
     operator = self_attention((2**20,), 2, 1)
     params = {name: np.zeros(shape, np.float32) for name, shape in operator.parameters.items()}
     x = np.broadcast_to(np.float32(0), (1, 2**20, 2))
-    with pytest.raises(CostError, match=r"GiB.*smaller batch"):
+    with pytest.raises(CostError, match=r"GiB.*Use a window"):
         translution.run(operator, params, x, backend="numpy")
 
 

@@ -11,6 +11,7 @@ from translution.backends.torch import modules
 from translution.backends.torch.conversion import Attention, Convolution, TransposedConvolution
 from translution.conformance.error_model import budget
 from translution.conformance.module_bounds import attention_bounds, evaluate, window_bounds
+from translution.conformance.results import CannotVerify
 from translution.conformance.verify_modules import capture, compare, verify_modules
 from translution.errors import UnknownName
 
@@ -64,7 +65,7 @@ def test_every_module_has_its_row() -> None:
 def test_nothing_to_convert_does_not_pass() -> None:
     (row,) = verify_modules(lambda: nn.Linear(2, 2), (1, 2))
     assert not row.passed
-    with pytest.raises(TypeError, match="not a torch"):
+    with pytest.raises(CannotVerify, match="not a torch"):
         verify_modules(lambda: None, (1,))  # type: ignore[arg-type, return-value]
 
 

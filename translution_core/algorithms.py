@@ -11,7 +11,7 @@ fused       one kernel per block of queries and head, running softmax
 import math
 from dataclasses import dataclass
 
-from translution.errors import InputError
+from translution.errors import InputError, UnknownName
 from translution.geometry import count_links, geometry
 from translution.normal_form import Linear, NormalForm, Role, normal_form
 from translution.spec import Lattice, Operator
@@ -130,6 +130,8 @@ def _linear_flops(role: Role, shapes: dict[str, tuple[int, ...]], links: int, to
 
 def cost(request: Request, algorithm: str) -> Cost:
     """What one forward pass costs. Halves are counted as computed: at least in float32 (clause D2)."""
+    if algorithm not in ALGORITHMS:
+        raise UnknownName("algorithm", algorithm, ALGORITHMS)
     operator, form = request.operator, request.normal_form
     layout, batch = operator.layout, request.batch
     links, shapes = count_links(layout), dict(operator.parameters)

@@ -18,7 +18,7 @@ def kind_of(name: str, value: Array) -> Kind:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return "torch"
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         return "numpy"
     raise InputError(
         "D1", f"{name} is a {type(value).__name__}", "arrays are numpy.ndarray or torch.Tensor", "Convert it first"

@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 holds, 1 does not hold, 2 wrong use. A command imports what it needs itself."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,20 @@ app = typer.Typer(
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 
 
-def _write_json(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
 def _wrong_use(message: str) -> typer.Exit:
     typer.echo(f"translution: {message}", err=True)
     return typer.Exit(2)
+
+
+def _check_json(path: Path | None) -> None:
+    """Nothing is computed that could not be written."""
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise _wrong_use(f"--json {path}: give a file in a folder that exists and can be written")
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -39,7 +45,9 @@ def verify(
     input: Annotated[  # noqa: A002 - the option's name
         str | None, typer.Option(metavar="SHAPE", help="Shape of the model's input, e.g. 1,3,32,32.")
     ] = None,
-    cases: Annotated[int, typer.Option(min=1, help="Random cases for each reduction, backend and dtype.")] = 12,
+    cases: Annotated[
+        int | None, typer.Option(min=1, help="Random cases for each reduction, backend and dtype; 12 if not given.")
+    ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="PART", help="reductions or digits; both where not given.")
     ] = None,
@@ -49,22 +57,28 @@ def verify(
 
     With --module, on every nn.Conv*, nn.ConvTranspose* and nn.MultiheadAttention of your own model.
     """
-    from translution.conformance.verify import verify_everything, verify_factory
-
+    _check_json(json_file)
     if (module is None) != (input is None):
         raise _wrong_use("--module and --input go together, e.g. --module my.models:build --input 1,3,32,32")
     if only not in (None, "reductions", "digits"):
         raise _wrong_use(f"--only {only}: choose reductions or digits")
+    if module is not None and (only is not None or cases is not None):
+        raise _wrong_use("--only and --cases choose among the library's own checks: leave them out with --module")
+    from translution.conformance.results import CannotVerify
+    from translution.conformance.verify import verify_everything, verify_factory
     from translution.display import Progress, show_rows
 
-    with Progress() as progress:
-        if module is not None and input is not None:
-            try:
+    try:
+        with Progress() as progress:
+            if module is not None and input is not None:
                 rows = verify_factory(module, input, progress.update)
-            except (ValueError, LookupError, ImportError, TypeError) as error:
-                raise _wrong_use(str(error)) from error
-        else:
-            rows = verify_everything(cases, only, progress.update)
+            else:
+                rows = verify_everything(12 if cases is None else cases, only, progress.update)
+    except ModuleNotFoundError as error:
+        need = f"verify needs {error.name}, which is not installed: pip install 'translution[conformance]'"
+        raise _wrong_use(need) from error
+    except CannotVerify as error:
+        raise _wrong_use(str(error)) from error
     holds = show_rows(rows)
     _write_json(json_file, {"holds": holds, "rows": [row.as_json() for row in rows]})
     raise typer.Exit(0 if holds else 1)
@@ -78,6 +92,7 @@ def explain(
     json_file: JsonFile = None,
 ) -> None:
     """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run."""
+    _check_json(json_file)
     from translution.algorithms import ITEM_BYTES, Request
     from translution.display import explanation_json, show_explanation
     from translution.execution import explain as candidates
@@ -97,6 +112,7 @@ def explain(
 @app.command()
 def doctor(json_file: JsonFile = None) -> None:
     """What is installed, which backends run here, and why the others don't."""
+    _check_json(json_file)
     from translution.display import diagnosis, show_diagnosis
 
     found = diagnosis()

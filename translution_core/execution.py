@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from translution.algorithms import ALGORITHMS, Cost, Request, cost
@@ -55,16 +55,29 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _too_much(estimate: Cost, request: Request, algorithm: str, available: int) -> str | None:
+    """Why there is not the memory for this, and what would fit."""
+    if request.device != "cpu" or estimate.working_bytes <= available:
+        return None
+    one = cost(replace(request, batch=1), algorithm).working_bytes
+    if one <= available:
+        fits = f"Use a batch of at most {request.batch * available // estimate.working_bytes:,}"
+    elif algorithm != "stream" and cost(request, "stream").working_bytes <= available:
+        fits = "Use algorithm='stream', which fits"
+    else:
+        fits = "Not even a batch of 1 fits. Use a window (kernel_size) or a smaller grid"
+    return (
+        f"{algorithm} on batch {request.batch} in {request.dtype} would need about "
+        f"{estimate.working_bytes / 2**30:,.1f} GiB of working memory: there are {available / 2**30:,.1f} GiB. {fits}."
+    )
+
+
 def check_memory(request: Request, algorithm: str, limit: int | None = None) -> Cost:
     """The estimated cost, or :class:`CostError` where it exceeds ``limit`` bytes (the machine's memory)."""
     estimate = cost(request, algorithm)
-    available = physical_memory() if limit is None else limit
-    if request.device == "cpu" and estimate.working_bytes > available:
-        raise CostError(
-            f"[B3] {algorithm} on batch {request.batch} in {request.dtype} would need about "
-            f"{estimate.working_bytes / 2**30:,.1f} GiB of working memory: there are {available / 2**30:,.1f} GiB. "
-            "Use a smaller batch, a window (kernel_size), or algorithm='stream'."
-        )
+    too_much = _too_much(estimate, request, algorithm, physical_memory() if limit is None else limit)
+    if too_much is not None:
+        raise CostError(f"[B3] {too_much}")
     return estimate
 
 
@@ -101,6 +114,13 @@ def _prepare(
         gradient=any(needs_gradient(a) for a in (x, y, mask, *params.values())),
     )
     chosen = choose_algorithm(backend, request, algorithm)
+    if request.gradient and kind_of("x", x) == "numpy":
+        raise InputError(
+            "B1",
+            "a torch tensor that requires a gradient, with x as a NumPy array",
+            "the result would be a NumPy array, which has no gradient",
+            "Give x as a tensor, or detach what requires a gradient",
+        )
     check_memory(request, chosen)
     device = _device(x)
     own = {name: to_kind(f"parameter {name}", value, backend.kind, device) for name, value in params.items()}
@@ -225,6 +245,17 @@ def compile(  # noqa: A001 - as torch.compile
     ``plan`` carries operator, backend and algorithm; given together with another operator it is refused.
     """
     _check_operator(operator)
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(
+            "B1", f"plan is a {type(plan).__name__}", "a plan is a translution.Plan", "Give Plan(operator, ...)"
+        )
+    if plan is not None and (backend, algorithm) not in (("torch", None), (plan.backend, plan.algorithm)):
+        raise InputError(
+            "B1",
+            f"backend={backend!r}, algorithm={algorithm!r} beside a plan for {plan.backend!r}, {plan.algorithm!r}",
+            "a plan says what computes",
+            "Leave backend and algorithm out",
+        )
     if plan is not None and plan.operator != operator:
         raise InputError(
             "B1", "a plan for another operator", "a plan fits the operator it was made for", "Compile plan.operator"
@@ -259,6 +290,9 @@ def explain(request: Request) -> list[Candidate]:
             found.append(Candidate(name, None, None, error.reasons))
             continue
         for algorithm in backend.algorithms:
-            reasons = tuple(reasons_against(backend, request, algorithm))
-            found.append(Candidate(name, algorithm, cost(request, algorithm), reasons))
+            reasons = reasons_against(backend, request, algorithm)
+            estimate = cost(request, algorithm)
+            if too_much := _too_much(estimate, request, algorithm, physical_memory()):
+                reasons.append(too_much)
+            found.append(Candidate(name, algorithm, estimate, tuple(reasons)))
     return found

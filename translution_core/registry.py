@@ -66,15 +66,14 @@ def get_backend(name: str) -> Backend:
     """The backend of that name; a missing optional library is named, any other failure is the backend's own error."""
     if not isinstance(name, str):
         raise UnknownName("backend", name, BACKENDS, "A backend is given by name.")
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-    elif name in BACKENDS:
-        module, attribute = BACKENDS[name], "backend"
-    else:
+    module, _, attribute = f"{BACKENDS[name]}:backend".partition(":") if name in BACKENDS else name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise UnknownName("backend", name, BACKENDS, "Another package's backend is written package.module:attribute.")
     try:
         home = import_module(module)
     except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            raise UnknownName("backend", name, BACKENDS, f"There is no module {error.name}.") from error
         if error.name in EXTRAS:
             raise NotSupported(
                 name, None, [f"{error.name} is not installed; pip install 'translution[{error.name}]'"]
