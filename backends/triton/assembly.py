@@ -107,18 +107,18 @@ def _grid_part(
         batch = value.tokens.shape[0]
         seen = grid.expand(batch, heads, layout.num_queries - first, layout.num_keys - first)
         seen = seen if seen.is_floating_point() else seen.view(torch.uint8)
-    static, relative, lse = fused_forward(
+    static, relative, highest, total = fused_forward(
         *q, *k, on_grid(value.narrowed), value.table, on_grid(value.static), bias, seen, box_of(layout).flat(),
         heads, width, table_width, shared, branch.scale if content else 0.0, branch.kind != "ones",
     )  # fmt: skip
     if value.relative is None:
-        return Partial(static, lse)
+        return Partial(static, highest, total)
     raised = value.raise_(relative)
     if value.static is None and value.relative.width == value.role.head_dim:
-        return Partial(raised, lse)
+        return Partial(raised, highest, total)
     out = static if value.static is not None else raised.new_zeros((*raised.shape[:3], value.role.head_dim))
     out[..., value.relative.start : value.relative.start + value.relative.width] += raised
-    return Partial(out, lse)
+    return Partial(out, highest, total)
 
 
 def forward(form: NormalForm, params: Params, inputs: Inputs) -> Tensor:

@@ -47,7 +47,7 @@ def fused_forward_kernel(
     v_tokens, v_table, v_static,
     bias,  # [H, T]
     mask,  # [B, H, N, M] by its strides
-    out_static, out_relative, lse,  # [B, N, H, V], [B, N, H, W], [B, N, H]
+    out_static, out_relative, out_highest, out_total,  # [B, N, H, V], [B, N, H, W], twice [B, N, H]
     q_tokens_batch, q_static_batch, q_plain_batch,
     k_tokens_batch, k_static_batch, k_plain_batch,
     v_tokens_batch, v_static_batch,
@@ -73,7 +73,10 @@ def fused_forward_kernel(
     BQ: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     V_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out_static, out_relative and the log-sum-exp of the logits, float32; without NORMALISE plain sums, weight 1."""
+    """out_static, out_relative, the highest logit m (-inf: no live key) and the sum of exp(logit - m), all float32.
+
+    Without NORMALISE every weight is 1, the outputs are plain sums and the last two are not written.
+    """
     ROWS: tl.constexpr = TZ * TY * TX * BB
     pid = tl.program_id(0)
     tiles_x = (grid_x + TX - 1) // TX
@@ -227,9 +230,10 @@ def fused_forward_kernel(
     divisor = tl.full([ROWS], 1.0, tl.float32)
     if NORMALISE:
         divisor = tl.where(total == 0.0, 1.0, total)
-        log_sum = tl.where(total == 0.0, negative_infinity, highest + tl.log(divisor))
         # Chunk 0 alone stores; a scalar condition would have to be of the type of a block.
-        tl.store(lse + first_row + at_row, log_sum, mask=inside & (item >= chunk * BB))
+        stored = inside & (item >= chunk * BB)
+        tl.store(out_highest + first_row + at_row, highest, mask=stored)
+        tl.store(out_total + first_row + at_row, total, mask=stored)
     if V_STATIC > 0:
         at = out_static + first_row * V_STATIC + at_row * V_STATIC
         kept = inside[:, None] & (s_cols < V_STATIC)[None, :]

@@ -4,7 +4,9 @@ There is no autotuning: it makes the first call slow, may choose differently in 
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import triton
@@ -16,6 +18,8 @@ Axes = tuple[int, int, int]
 
 INTERPRETED = not isinstance(fused_forward_kernel, triton.runtime.JITFunction)
 MAX_OFFSET = 2**31 - 1
+# The interpreter swaps triton.language's functions and holds the program's index in globals while a kernel runs.
+LAUNCHING = Lock() if INTERPRETED else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +183,14 @@ def launch(
     operands: Operands,
     out_static: Tensor,
     out_relative: Tensor,
-    lse: Tensor,
+    highest: Tensor,
+    total: Tensor,
     target: Target | None = None,
     blocks: Blocks | None = None,
 ) -> None:
-    """Fill out_static [B, N, H, V], out_relative [B, N, H, W] and, with ``normalise``, lse [B, N, H]; all float32.
+    """Fill out_static [B, N, H, V], out_relative [B, N, H, W] and, with ``normalise``, highest and total [B, N, H].
 
+    All are float32; concurrent interpreted launches run one after another.
     Raises ValueError where a batch item of an operand is not dense.
     """
     o, box = operands, operands.box
@@ -213,35 +219,36 @@ def launch(
     programs = math.prod(-(-n // t) for n, t in zip(box.grid, (tz, ty, tx), strict=True))
     programs *= -(-o.batch // items) * chunks * o.num_heads
     kernel: Any = fused_forward_kernel
-    kernel[(programs,)](
-        held(o.q_tokens), held(o.q_table), held(o.q_static), held(o.q_plain),
-        held(o.k_tokens), held(o.k_table), held(o.k_static), held(o.k_plain),
-        held(o.v_tokens), held(o.v_table), held(o.v_static), held(o.bias), held(o.mask),
-        out_static, out_relative, lse,
-        rows_of(o.q_tokens), rows_of(o.q_static), rows_of(o.q_plain),
-        rows_of(o.k_tokens), rows_of(o.k_static), rows_of(o.k_plain),
-        rows_of(o.v_tokens), rows_of(o.v_static),
-        *mask_strides,
-        o.batch, 0 if o.bias is None else o.bias.shape[1], box.base,
-        *box.grid, *box.keys, *box.taps, *box.shift, *box.step, *box.stride,
-        o.scale,
-        HEADS=o.num_heads,
-        Q_INNER=inner[0], K_INNER=inner[1], V_INNER=inner[2],
-        Q_COLUMNS=columns[0], K_COLUMNS=columns[1], V_COLUMNS=columns[2],
-        V_HEAD=0 if o.value_shared else o.value_width,
-        PLAIN=plain, WIDTH=o.width, V_STATIC=o.static_width, V_WIDTH=o.value_width,
-        HAS_Q_STATIC=o.q_static is not None, HAS_K_STATIC=o.k_static is not None, HAS_BIAS=o.bias is not None,
-        MASK=0 if o.mask is None else 2 if o.mask.is_floating_point() else 1,
-        NORMALISE=o.normalise,
-        UPCAST=INTERPRETED,
-        TZ=tz, TY=ty, TX=tx, BB=items,
-        BQ=min(chosen.channels, power_of_two(max(inner[:2]), 16)),
-        BK=min(chosen.channels, power_of_two(inner[2], 16)),
-        BP=min(chosen.features, power_of_two(plain, 16)),
-        BW=min(chosen.features, power_of_two(o.width, 16)),
-        BS=static_block, BV=value_block, V_CHUNKS=chunks,
-        num_warps=chosen.warps, num_stages=chosen.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with LAUNCHING:
+        kernel[(programs,)](
+            held(o.q_tokens), held(o.q_table), held(o.q_static), held(o.q_plain),
+            held(o.k_tokens), held(o.k_table), held(o.k_static), held(o.k_plain),
+            held(o.v_tokens), held(o.v_table), held(o.v_static), held(o.bias), held(o.mask),
+            out_static, out_relative, highest, total,
+            rows_of(o.q_tokens), rows_of(o.q_static), rows_of(o.q_plain),
+            rows_of(o.k_tokens), rows_of(o.k_static), rows_of(o.k_plain),
+            rows_of(o.v_tokens), rows_of(o.v_static),
+            *mask_strides,
+            o.batch, 0 if o.bias is None else o.bias.shape[1], box.base,
+            *box.grid, *box.keys, *box.taps, *box.shift, *box.step, *box.stride,
+            o.scale,
+            HEADS=o.num_heads,
+            Q_INNER=inner[0], K_INNER=inner[1], V_INNER=inner[2],
+            Q_COLUMNS=columns[0], K_COLUMNS=columns[1], V_COLUMNS=columns[2],
+            V_HEAD=0 if o.value_shared else o.value_width,
+            PLAIN=plain, WIDTH=o.width, V_STATIC=o.static_width, V_WIDTH=o.value_width,
+            HAS_Q_STATIC=o.q_static is not None, HAS_K_STATIC=o.k_static is not None, HAS_BIAS=o.bias is not None,
+            MASK=0 if o.mask is None else 2 if o.mask.is_floating_point() else 1,
+            NORMALISE=o.normalise,
+            UPCAST=INTERPRETED,
+            TZ=tz, TY=ty, TX=tx, BB=items,
+            BQ=min(chosen.channels, power_of_two(max(inner[:2]), 16)),
+            BK=min(chosen.channels, power_of_two(inner[2], 16)),
+            BP=min(chosen.features, power_of_two(plain, 16)),
+            BW=min(chosen.features, power_of_two(o.width, 16)),
+            BS=static_block, BV=value_block, V_CHUNKS=chunks,
+            num_warps=chosen.warps, num_stages=chosen.stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _tokens(o: Operands) -> list[Tensor]:

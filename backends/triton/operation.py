@@ -31,10 +31,11 @@ def fused_forward(
     value_shared: bool,
     scale: float,
     normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out_static [B, N, H, V], out_relative [B, N, H, W], lse [B, N, H], all float32; see :class:`Operands`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out_static [B, N, H, V], out_relative [B, N, H, W], highest and total [B, N, H], all float32.
 
-    Without ``normalise`` every weight is 1 and lse is 0.
+    highest is the largest logit of a query (-inf: no live key), total its sum of exp(logit - highest); without
+    ``normalise`` every weight is 1 and both are 0. The arguments are those of :class:`Operands`.
     """
     operands = Operands(
         q_tokens, q_table, q_static, q_plain, k_tokens, k_table, k_static, k_plain, v_tokens, v_table, v_static,
@@ -43,6 +44,7 @@ def fused_forward(
     results = results_of(operands)
     if not normalise:
         results[2].zero_()
+        results[3].zero_()
     if operands.batch:
         # triton launches on the current device, whatever device holds the tensors. Interpreted, it is NumPy that would
         # warn of a NaN or Inf in a token.
@@ -52,7 +54,7 @@ def fused_forward(
 
 
 @fused_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return results_of(operands_of(*arguments))
 
 
@@ -62,7 +64,7 @@ def operands_of(*arguments: Any) -> Operands:
     return Operands(*fields)
 
 
-def results_of(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def results_of(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results."""
     like = operands.v_tokens if operands.v_tokens is not None else operands.v_static
     assert like is not None
@@ -70,5 +72,6 @@ def results_of(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.new_empty((*rows, operands.static_width), dtype=torch.float32),
         like.new_empty((*rows, operands.value_width), dtype=torch.float32),
+        like.new_empty(rows, dtype=torch.float32),
         like.new_empty(rows, dtype=torch.float32),
     )

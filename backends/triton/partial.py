@@ -1,7 +1,8 @@
 """Partial results over disjoint sets of keys, and the dense ones that involve registers.
 
 The kernel covers grid queries and grid keys. A register's pairs have a class of their own (clause L6), so each is a
-small dense product in torch, joined with the rest by the log-sum-exp of the logits.
+small dense product in torch, joined with the rest by the highest logit and the sum of weights relative to it. One
+number, highest + log(sum), would lose the sum beside a large logit in float32.
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,27 @@ from translution.spec import Lattice
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """out [B, n, H, D] and lse [B, n, H] over some keys (-inf: no live one); under ``ones`` out is a plain sum."""
+    """out [B, n, H, D], highest and total [B, n, H] over some keys.
+
+    highest is the largest logit m (-inf: no live key), total the sum of exp(logit - m), by which out is divided. Under
+    ``ones`` out is a plain sum and the other two mean nothing.
+    """
 
     out: Tensor
-    lse: Tensor
+    highest: Tensor
+    total: Tensor
 
     def joined(self, other: "Partial", branch: Branch) -> "Partial":
         """Over the keys of both."""
         if branch.kind == "ones":
-            return Partial(self.out + other.out, self.lse)
-        lse = torch.logaddexp(self.lse, other.lse)
-        origin = torch.where(lse == -torch.inf, 0.0, lse)
-        own, its = ((part.lse - origin).exp()[..., None] for part in (self, other))
-        return Partial(own * self.out + its * other.out, lse)
+            return Partial(self.out + other.out, self.highest, self.total)
+        highest = torch.maximum(self.highest, other.highest)
+        origin = torch.where(highest == -torch.inf, 0.0, highest)
+        own, its = (part.total * (part.highest - origin).exp() for part in (self, other))
+        total = own + its
+        divisor = torch.where(total == 0, 1.0, total)
+        out = (own[..., None] * self.out + its[..., None] * other.out) / divisor[..., None]
+        return Partial(out, highest, total)
 
 
 def mask_part(mask: Tensor, queries: slice, keys: slice) -> Tensor:
@@ -75,8 +84,7 @@ class Dense:
         total = weights.sum(-1)
         divisor = torch.ones_like(total) if ones else torch.where(total == 0, 1.0, total)
         out = shares.sum(-2) / divisor[..., None]
-        lse = torch.where(total == 0, -torch.inf, origin.squeeze(-1) + divisor.log())
-        return Partial(out.transpose(1, 2), lse.transpose(1, 2))
+        return Partial(*(part.transpose(1, 2) for part in (out, highest.squeeze(-1), total)))
 
     def completed(self, grid: Partial) -> Partial:
         """Every query, registers first, over every key, from the grid's own part."""
@@ -94,4 +102,5 @@ class Dense:
             known = rows[label.seen_from]
             rows[label.seen_from] = part if known is None else known.joined(part, self.branch)
         parts = [*(part for part in rows if part is not None), grid]
-        return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+        columns = zip(*((part.out, part.highest, part.total) for part in parts), strict=True)
+        return Partial(*(torch.cat(column, 1) for column in columns))
