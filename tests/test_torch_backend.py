@@ -194,10 +194,10 @@ def test_B1_shortcuts_are_chosen_unless_another_algorithm_is_named(monkeypatch: 
     from translution.backends.torch import native
 
     used = []
-    for name in ("convolution", "attention"):
+    for name in ("convolution", "attention", "plain_attention"):
         original = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, n=name, f=original: (used.append(n), f(*a))[1])
-    for operator, shortcut in ((CONVOLUTIONS[0], "convolution"), (ATTENTIONS[0], "attention")):
+    for operator, shortcut in ((CONVOLUTIONS[0], "convolution"), (ATTENTIONS[0], "plain_attention")):
         case = _case(operator)
         translution.run(operator, case.params, case.x, case.y, backend="torch")
         assert used == [shortcut]

@@ -42,7 +42,25 @@ class Geometry:
     num_queries: int
     num_keys: int
     num_classes: int
-    steps: tuple[Step, ...]
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """All links, merged so that every pair of classes has one step, in ascending class order."""
+        merged: dict[tuple[int, int], list[tuple[IntArray, IntArray]]] = {}
+        layout = self.layout
+        for classes, query, key in _lattice_steps(layout) if isinstance(layout, Lattice) else _table_steps(layout):
+            if len(query):
+                merged.setdefault(classes, []).append((query, key))
+        return tuple(
+            Step(value_class, key_class, _joined([q for q, _ in parts]), _joined([k for _, k in parts]))
+            for (value_class, key_class), parts in sorted(merged.items(), key=lambda item: item[0])
+        )
+
+    @property
+    def links_every_pair(self) -> bool:
+        """Whether the layout by its form links every query with every key, once; known without the links."""
+        layout = self.layout
+        return isinstance(layout, Lattice) and layout.kernel_size is None and layout.causal is False
 
     @cached_property
     def num_links(self) -> int:
@@ -199,17 +217,8 @@ def _table_steps(layout: PairTable) -> Iterator[tuple[tuple[int, int], IntArray,
 
 @lru_cache(maxsize=64)
 def geometry(layout: Layout) -> Geometry:
-    """The links of ``layout``, merged so that every pair of classes has one step, in ascending class order."""
-    merged: dict[tuple[int, int], list[tuple[IntArray, IntArray]]] = {}
-    found = _lattice_steps(layout) if isinstance(layout, Lattice) else _table_steps(layout)
-    for classes, query, key in found:
-        if len(query):
-            merged.setdefault(classes, []).append((query, key))
-    steps = tuple(
-        Step(value_class, key_class, _joined([q for q, _ in parts]), _joined([k for _, k in parts]))
-        for (value_class, key_class), parts in sorted(merged.items(), key=lambda item: item[0])
-    )
-    return Geometry(layout, layout.num_queries, layout.num_keys, layout.num_classes, steps)
+    """The geometry of ``layout``; its links are built when first asked for."""
+    return Geometry(layout, layout.num_queries, layout.num_keys, layout.num_classes)
 
 
 def count_links(layout: Layout) -> int:

@@ -14,6 +14,7 @@ from translution.backends.torch.derivatives import no_autocast
 from translution.backends.torch.encoding import accumulator, encode_role, encode_values, join_values, project_output
 from translution.backends.torch.links import Links, links
 from translution.backends.torch.relevance import LinkMask, dense_weights, link_mask, link_weights
+from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import NormalForm
 from translution.registry import Gradients
@@ -45,6 +46,8 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor | None]:
         """out [B, Nq, F], and weights [B, H, Nq, Nk] where the request asks for them."""
         with no_autocast(inputs.x):
+            if algorithm == "sdpa" and _is_plain(request, inputs):
+                return _projected(request, params, inputs, _plain_attention(request, params, inputs)), None
             found = links(request.operator.layout, inputs.x.device)
             mask = None if inputs.mask is None else link_mask(inputs.mask, found, accumulator(inputs.x.dtype))
             call = _Call(request.normal_form, params, *_tokens(inputs, found, mask), found, mask)
@@ -55,8 +58,7 @@ class TorchBackend:
                 heads = call.attention(inputs.mask)
             else:
                 heads, weights = call.general(stream if algorithm == "stream" else pairwise, request.return_weights)
-            out = project_output(call.form, params, heads)
-            out = out.transpose(0, 1).to(inputs.x.dtype).contiguous()
+            out = _projected(request, params, inputs, heads)
             return out, None if weights is None else weights.to(inputs.x.dtype)
 
     def vjp(
@@ -120,11 +122,38 @@ class _Call:
         return found, dense_weights(weights, links, self.x, heads) if return_weights else None
 
 
-def _tokens(inputs: Inputs, found: Links, mask: LinkMask | None) -> tuple[Tensor, Tensor]:
-    """Both sides, with what no head of any query sees zeroed at the source (clause M4), and the zero token appended."""
+def _projected(request: Request, params: Mapping[str, Tensor], inputs: Inputs, heads: Tensor) -> Tensor:
+    """out [B, Nq, F] from the heads [Nq, B, H, D]."""
+    out = project_output(request.normal_form, params, heads)
+    return out.transpose(0, 1).to(inputs.x.dtype).contiguous()
+
+
+def _is_plain(request: Request, inputs: Inputs) -> bool:
+    """Whether every query sees every key alike: the links then say nothing, and are not built."""
+    found = geometry(request.operator.layout)
+    return inputs.mask is None and request.normal_form.branches[0].bias is None and found.links_every_pair
+
+
+def _plain_attention(request: Request, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    form, found = request.normal_form, geometry(request.operator.layout)
+    assert form.query is not None
+    assert form.key is not None
+    x, y = _position_major(inputs)
+    query = encode_role(form.query, params, x, found, "query")
+    key = encode_role(form.key, params, y, found, "key")
+    (value,) = encode_values(form.value, params, y, found)
+    return native.plain_attention(form, query, key, value.encoded)
+
+
+def _position_major(inputs: Inputs) -> tuple[Tensor, Tensor]:
     dtype = accumulator(inputs.x.dtype)
     x = inputs.x.to(dtype).transpose(0, 1).contiguous()
-    y = x if inputs.y is inputs.x else inputs.y.to(dtype).transpose(0, 1).contiguous()
+    return x, x if inputs.y is inputs.x else inputs.y.to(dtype).transpose(0, 1).contiguous()
+
+
+def _tokens(inputs: Inputs, found: Links, mask: LinkMask | None) -> tuple[Tensor, Tensor]:
+    """Both sides, with what no head of any query sees zeroed at the source (clause M4), and the zero token appended."""
+    x, y = _position_major(inputs)
     if mask is not None or not found.all_seen:
         live = torch.ones((found.count, 1), dtype=torch.bool, device=x.device) if mask is None else mask.rows
         x, y = _zero_unseen(x, live, found.query_index), _zero_unseen(y, live, found.key_index)

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from translution.errors import NotSupported
 
@@ -42,12 +44,31 @@ def gradients_with_graph(
         return [next(found) if need else None for need in needs]
 
 
+NO_TRANSFORMS = "stream and sdpa are no part of torch.func transforms; algorithm='pairwise' is"
+
+
 class Operation(torch.autograd.Function):
     """A function with a hand-written backward, which forward-mode differentiation must not pass over in silence."""
 
+    # The result, without a thought of gradients; every operation has its own arguments.
+    compute: Callable[..., Tensor]
+
     @classmethod
     def call(cls, *arguments: Any) -> Tensor:
-        """``apply`` with a type."""
+        """The result, recorded where anything may ask for a gradient.
+
+        Raises:
+            NotSupported: inside a transform of torch.func.
+        """
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if not torch.compiler.is_compiling():
+            if maybe_current_level() is not None:
+                raise NotSupported("torch", None, [NO_TRANSFORMS])
+            duals = [forward_ad.unpack_dual(t) for t in tensors]  # type: ignore[no-untyped-call]
+            recorded = recorded or any(dual.tangent is not None for dual in duals)
+        if not recorded:
+            return cls.compute(*arguments)
         found: Tensor = cls.apply(*arguments)  # type: ignore[no-untyped-call]
         return found
 

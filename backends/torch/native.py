@@ -96,6 +96,10 @@ class _Attention(Operation):
     """The kernel, whose own backward can't be differentiated on every device, with a formula for second derivatives."""
 
     @staticmethod
+    def compute(causal: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return _kernel(causal, query, key, value, mask)
+
+    @staticmethod
     def forward(ctx: Any, causal: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.causal = causal
@@ -155,6 +159,16 @@ def _added(
     return total
 
 
+def _scaled(form: NormalForm, query: Encoded, key: Encoded, value: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (role.base.permute(1, 2, 0, 3) for role in (query, key, value) if role.base is not None)
+    return form.branches[0].scale * q, k, v
+
+
+def plain_attention(form: NormalForm, query: Encoded, key: Encoded, value: Encoded) -> Tensor:
+    """The heads [Nq, B, H, D] of attention of every query to every key, without mask or bias."""
+    return _heads(_Attention.call(False, *_scaled(form, query, key, value), None))
+
+
 def attention(
     form: NormalForm,
     params: Mapping[str, Tensor],
@@ -165,8 +179,7 @@ def attention(
     mask: Tensor | None,
 ) -> Tensor:
     """The heads [Nq, B, H, D] of attention with encoded q, k, v and a mask [B|1, H|1, Nq|1, Nk|1] as given."""
-    q, k, v = (role.base.permute(1, 2, 0, 3) for role in (query, key, value) if role.base is not None)
-    q = form.branches[0].scale * q
+    q, k, v = _scaled(form, query, key, value)
     added = _added(form, params, links, mask, q)
     live = None if mask is None else mask if mask.dtype == torch.bool else mask != -torch.inf
     live = _both(live, links.support)

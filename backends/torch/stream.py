@@ -62,6 +62,10 @@ class _InnerProducts(Operation):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(*tensors)
+        return _InnerProducts.compute(call, *tensors)
+
+    @staticmethod
+    def compute(call: _Call, *tensors: Tensor) -> Tensor:
         query, key = call.steps(tensors, [False] * len(tensors))
         out = tensors[0].new_empty((call.links.count, query.batch, query.encoded.heads))
         for visit in call.links.visits:
@@ -96,6 +100,10 @@ class _Aggregation(Operation):
     def forward(ctx: Any, call: _Call, weights: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(weights, *tensors)
+        return _Aggregation.compute(call, weights, *tensors)
+
+    @staticmethod
+    def compute(call: _Call, weights: Tensor | None, *tensors: Tensor) -> Tensor:
         (value,) = call.steps(tensors, [False] * len(tensors))
         role = value.encoded
         heads = role.heads if weights is None else weights.shape[2]

@@ -9,7 +9,7 @@ from translution.backends.triton.launch import Axes, Box
 from translution.backends.triton.operation import fused_forward
 from translution.backends.triton.partial import Dense, Partial, mask_part
 from translution.backends.triton.roles import Encoded, Params, static_terms
-from translution.geometry import Geometry
+from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import BiasForm, Branch, NormalForm
 from translution.spec import Lattice
@@ -42,7 +42,7 @@ def bias_table(form: BiasForm, layout: Lattice, params: Params, like: Tensor) ->
     if form.kind == "table":
         assert form.parameter is not None
         return params[form.parameter].float().contiguous()
-    classes = Geometry(layout, layout.num_queries, layout.num_keys, layout.num_classes, ())
+    classes = geometry(layout)
     if form.kind == "slopes":
         slopes = torch.tensor(form.slopes, dtype=torch.float64)
         return (-slopes[:, None] * torch.from_numpy(classes.distances)).float().to(like.device)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from translution.geometry import Geometry
+from translution.geometry import geometry
 from translution.normal_form import Constant, Linear, Role, Rotation
 from translution.spec import Lattice
 
@@ -40,7 +40,7 @@ def _linear(tokens: Tensor, term: Linear, params: Params) -> Tensor:
 
 def _rotate(features: Tensor, rotation: Rotation, side: str, layout: Lattice) -> Tensor:
     """Features [B, N, H, D] turned by the token's own position (clause E10)."""
-    positions = Geometry(layout, layout.num_queries, layout.num_keys, layout.num_classes, ())
+    positions = geometry(layout)
     angles = torch.from_numpy(positions.rotary_angles(side, rotation.width, rotation.base))
     cosine, sine = (f(angles).float().to(features.device)[:, None, :] for f in (torch.cos, torch.sin))
     half, lead, pairs = rotation.pairing == "half", features.shape[:-1], rotation.width // 2
