@@ -31,6 +31,7 @@ check: $(STAMPS)/dev $(STAMPS)/package
 
 bench: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/report.py
 
 coverage: $(STAMPS)/dev $(STAMPS)/package
 	$(PYTEST) tests --ignore=tests/triton_interpreter --ignore=tests/triton_ahead_of_time --cov
