@@ -6,6 +6,7 @@ are taken round by round, and given as median and range. Peak memory comes from 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Waiting threads sleep: those that spin stall for seconds where something else runs on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from comparison import Workload, check_equal, paper_grid
@@ -128,8 +132,11 @@ PAGE = """# Performance
 `stream` on the torch backend against the authors' algorithm (one matrix gathered per pair of tokens): float32, 192
 channels, 3 heads; queries, keys and values all relative.
 
-Measured by `benchmarks/report.py` on {processor}, {threads} threads, torch {torch}. The candidates took turns in
-{rounds} rounds; a figure is the median with the range over the rounds, ratios and shares being taken round by round.
+Measured by `benchmarks/report.py` on {processor}, {threads} threads, torch {torch}, `OMP_WAIT_POLICY={wait_policy}`.
+The candidates took turns in {rounds} rounds; a figure is the median with the range over the rounds, ratios and shares
+being taken round by round. The load average was {load} before and after, on {processors} processors; other work on the
+machine changes these ratios.
+
 Before anything was timed, the result and every gradient of both stayed within the bound of
 `translution.conformance.error_model`.
 
@@ -176,7 +183,7 @@ def main() -> int:
         key, name, which = chosen.memory
         print(peak_memory(paper_grid(*WORKLOADS[key]), name, which))
         return 0
-    results = []
+    results, load = [], [os.getloadavg()[0]]
     for key, (side, batch) in WORKLOADS.items():
         workload = paper_grid(side, batch)
         worst = check_equal(workload)
@@ -190,7 +197,14 @@ def main() -> int:
             {"key": key, "workload": workload.name, "error_share": worst, "passes": passes, "memory": memory}
         )
         print("\n".join(table(results[-1])))
-    machine = {"processor": processor(), "threads": chosen.threads, "torch": torch.__version__}
+    machine = {
+        "processor": processor(),
+        "threads": chosen.threads,
+        "torch": torch.__version__,
+        "wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "load": " and ".join(f"{one:.1f}" for one in (*load, os.getloadavg()[0])),
+        "processors": os.cpu_count(),
+    }
     report = {"machine": machine, "rounds": chosen.rounds, "gate": GATE, "results": results}
     DOCS.mkdir(exist_ok=True)
     (DOCS / "performance.md").write_text(page(report), encoding="utf-8")

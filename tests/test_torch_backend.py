@@ -405,3 +405,13 @@ def test_B1_claims_name_their_reasons() -> None:
             reasons = backend.not_supported(Request(CONVOLUTIONS[0], device="cuda"), "conv")
             assert any("tf32" in reason for reason in reasons) == tf32
     assert not any("tf32" in r for r in backend.not_supported(Request(CONVOLUTIONS[0], device="cpu"), "conv"))
+
+
+def test_rows_that_repeat_are_listed_and_not_added_through_a_view() -> None:
+    """Keys 0 1 1 2 are evenly spaced in both directions, but a view of them would hold key 1 twice."""
+    from translution.backends.torch.links import links
+
+    classes = ((0, 0, -1, -1), (-1, 0, 0, -1))
+    (visit,) = links(PairTable(classes, 1, classes), torch.device("cpu")).visits
+    assert visit.key.band.index is not None
+    assert visit.key.band.index.tolist() == [0, 1, 1, 2]
