@@ -16,9 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Waiting threads sleep: those that spin stall for seconds where something else runs on the machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 from comparison import Workload, check_equal, paper_grid
 
@@ -132,7 +129,7 @@ PAGE = """# Performance
 `stream` on the torch backend against the authors' algorithm (one matrix gathered per pair of tokens): float32, 192
 channels, 3 heads; queries, keys and values all relative.
 
-Measured by `benchmarks/report.py` on {processor}, {threads} threads, torch {torch}, `OMP_WAIT_POLICY={wait_policy}`.
+Measured by `benchmarks/report.py` on {processor}, {threads} threads, torch {torch}.
 The candidates took turns in {rounds} rounds; a figure is the median with the range over the rounds, ratios and shares
 being taken round by round. The load average was {load} before and after, on {processors} processors; other work on the
 machine changes these ratios.
@@ -201,7 +198,6 @@ def main() -> int:
         "processor": processor(),
         "threads": chosen.threads,
         "torch": torch.__version__,
-        "wait_policy": os.environ["OMP_WAIT_POLICY"],
         "load": " and ".join(f"{one:.1f}" for one in (*load, os.getloadavg()[0])),
         "processors": os.cpu_count(),
     }
