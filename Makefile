@@ -1,4 +1,4 @@
-# make verify | test | check | bench: each one sets up what it needs the first time and again when that has changed.
+# make verify | conform | test | check | bench: each one sets up what it needs the first time and again when that has changed.
 
 VENV    ?= .venv
 # What pip installs: this work tree, or the path of a wheel.
@@ -11,11 +11,22 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # torch itself runs single-threaded below, so that the test workers don't fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -p no:benchmark
 
-.PHONY: verify test check bench coverage clean FORCE
+# quick or full
+LEVEL   ?= quick
+
+.PHONY: verify conform test check bench coverage clean FORCE
 .NOTPARALLEL:
 
 verify: $(STAMPS)/verify $(STAMPS)/package
 	$(BIN)/translution verify
+
+# By the names that a stranger would use.
+conform: $(STAMPS)/verify $(STAMPS)/package
+	$(BIN)/translution conform translution.backends.reference:backend --level $(LEVEL)
+	$(BIN)/translution conform translution.backends.numpy:backend --level $(LEVEL)
+	$(BIN)/translution conform translution.backends.torch:backend --level $(LEVEL)
+	TRITON_INTERPRET=1 $(BIN)/translution conform translution.backends.triton:backend --level $(LEVEL)
+	$(BIN)/translution conform --selftest
 
 # Triton decides when it is imported whether it interprets or compiles: one process for each.
 test: $(STAMPS)/dev $(STAMPS)/package

@@ -102,8 +102,8 @@ class EncoderBounds:
         return tokens, pullback
 
     def _by_row(self, name: str, rows: Rows, tokens: Bounded) -> tuple[Bounded, Pullback]:
-        matrix = self.params[name][0]
-        features = matrix.shape[-1] * (matrix.shape[0] if matrix.value.ndim == 3 else 1)
+        matrix = self.params[name].shape[1:]  # there may be no row
+        features = matrix[-1] * (matrix[0] if len(matrix) == 3 else 1)
         parts = [self.product(name, row, tokens[:, part]) for part, row in rows]
         result = concatenate([value for value, _ in parts], 1) if parts else zeros(tokens.shape[0], 0, features)
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from translution import vjp
+from translution.conformance.axes import axes_of
 from translution.conformance.comparison import share
 from translution.conformance.error_model import Budget, budget
+from translution.conformance.exam.question import Question
 from translution.conformance.rounding import ARITHMETIC, Segments, exact
-from translution.conformance.strategies import Case, random_case
+from translution.conformance.strategies import random_case
 from translution.geometry import geometry
 from translution.normal_form import Branch, Role, normal_form
 from translution.spec import Lattice, Operator, Softmax
@@ -35,7 +37,7 @@ class Naive:
 
     def __init__(
         self,
-        case: Case,
+        case: Question,
         order: str = "forward",
         mistake: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -50,7 +52,7 @@ class Naive:
         if order == "backward":
             which = which[::-1].copy()
         if order == "shuffled":
-            which = np.random.default_rng(case.seed).permutation(count)
+            which = np.random.default_rng(0).permutation(count)
         if mistake == "a link dropped":
             which = np.sort(which)[: count - 1]
         rows = (self.links.query_index, self.links.key_index, self.links.value_class, self.links.key_class)
@@ -63,7 +65,7 @@ class Naive:
         self.mask = self._mask(case)
         self.live = self.mask != -torch.inf
 
-    def _mask(self, case: Case) -> Tensor:
+    def _mask(self, case: Question) -> Tensor:
         heads, nq, nk = case.operator.num_heads, self.links.num_queries, self.links.num_keys
         batch = math.prod(case.x.shape[:-2])
         full = torch.zeros(batch, heads, nq, nk + 1, dtype=self.dtype)
@@ -204,14 +206,13 @@ def _placed(features: Tensor, start: int, width: int) -> Tensor:
     return torch.nn.functional.pad(features, (start, width - start - features.shape[-1]))
 
 
-def _rounded(case: Case, round_to: Callable[[np.ndarray], np.ndarray]) -> tuple[Case, np.ndarray]:
+def _rounded(case: Question, round_to: Callable[[np.ndarray], np.ndarray]) -> tuple[Question, np.ndarray]:
     """The case with values that the arithmetic can hold, and a cotangent."""
 
     def fit(value: np.ndarray | None) -> np.ndarray | None:
         return value if value is None or value.dtype == np.bool_ else round_to(value).astype(np.float64)
 
-    shape = (*case.x.shape[:-2], case.operator.layout.num_queries, case.operator.out_features)
-    cotangent = round_to(np.random.default_rng(case.seed + 1).standard_normal(shape)).astype(np.float64)
+    cotangent = round_to(np.random.default_rng(1).standard_normal(case.out_shape)).astype(np.float64)
     params = {name: round_to(value).astype(np.float64) for name, value in case.params.items()}
     return dataclasses.replace(case, x=fit(case.x), y=fit(case.y), mask=fit(case.mask), params=params), cotangent
 
@@ -220,7 +221,7 @@ def _single(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def _budget(case: Case, cotangent: np.ndarray | None, dtype: str) -> Budget:
+def _budget(case: Question, cotangent: np.ndarray | None, dtype: str) -> Budget:
     return budget(case.operator, case.params, case.x, case.y, case.mask, cotangent, dtype)
 
 
@@ -244,11 +245,15 @@ def test_no_summation_order_leaves_the_bound(part: int, record_property: Callabl
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_structural_mistake_leaves_the_bound(mistake: str, record_property: Callable[[str, object], None]) -> None:
-    # Whether a mistake changes anything at all is decided in float64: one token, a saturated or an empty row hide some.
+    # Whether a mistake changes anything at all is decided in float64: one token or an empty row hide some. Saturated
+    # weights hide others from float32 alone, so there are no large logits here.
     changed = caught = 0
-    for seed in range(200):
+    for seed in range(300):
         case, cotangent = _rounded(random_case(seed), _single)
+        axes = axes_of(case)
         if case.x.size == 0 or geometry(case.operator.layout).num_links == 0:
+            continue
+        if axes["values"] != "normal" or axes["bias QuadraticBias"] == "yes":
             continue
         double = _budget(case, cotangent, "float64")
         if all(used <= 1 for _, used in Naive(case, mistake=mistake, dtype=torch.float64).shares(double, cotangent)):
@@ -336,11 +341,11 @@ def test_segments_reduce_by_index() -> None:
     assert segments.reduce(np.array([[1.0, 2.0, 4.0]]), np.maximum, -1.0).tolist() == [[2.0, -1.0, 4.0, -1.0]]
 
 
-def _drawn(operator: Operator, size: float = 1.0) -> Case:
+def _drawn(operator: Operator, size: float = 1.0) -> Question:
     rng = np.random.default_rng(0)
     params = {name: _single(rng.standard_normal(shape)) for name, shape in operator.parameters.items()}
     x = _single(size * rng.standard_normal((2, operator.layout.num_queries, operator.dim)))
-    return Case(operator, params, x.astype(np.float64), None, None, 0)
+    return Question(operator, params, x.astype(np.float64))
 
 
 @pytest.mark.parametrize("size", [1e2, 3e4])

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import translution
-from translution.conformance.strategies import Array, Case, random_case
+from translution.conformance.exam.question import Array, Question
+from translution.conformance.strategies import random_case
 from translution.execution import vjp
 from translution.geometry import geometry
 from translution.spec import (
@@ -286,14 +287,13 @@ def test_forward_mode_of_pairwise_is_right() -> None:
     torch.testing.assert_close(tangent.sum(), found.sum(), rtol=1e-12, atol=1e-12)
 
 
-def _live(case: Case) -> Array:
+def _live(case: Question) -> Array:
     assert case.mask is not None
     live = case.mask if case.mask.dtype == np.bool_ else np.asarray(case.mask != -np.inf)
-    layout = case.operator.layout
-    return np.broadcast_to(live, (*case.x.shape[:-2], case.operator.num_heads, layout.num_queries, layout.num_keys))
+    return np.broadcast_to(live, case.weights_shape)
 
 
-def _absent(case: Case) -> tuple[Array, Array, Array]:
+def _absent(case: Question) -> tuple[Array, Array, Array]:
     """Which queries see nothing, which keys nobody sees, and whether a pair is linked and live."""
     links = geometry(case.operator.layout)
     count = np.zeros((links.num_queries, links.num_keys + 1), bool)
@@ -303,25 +303,25 @@ def _absent(case: Case) -> tuple[Array, Array, Array]:
     return ~(pairs.any(-1) | count[:, -1]), ~pairs.any(-2), pairs
 
 
-def _algorithms(case: Case) -> list[str]:
+def _algorithms(case: Question) -> list[str]:
     request = translution.Request(case.operator, mask="none" if case.mask is None else str(case.mask.dtype))
     backend = translution.get_backend("torch")
     return [a for a in backend.algorithms if not backend.not_supported(request, a)]
 
 
-def _attention_cases() -> list[Case]:
+def _attention_cases() -> list[Question]:
     rng, found = np.random.default_rng(5), []
-    for seed, layout in enumerate((Lattice((4,), causal=True), Lattice((4,)), Lattice((2, 3), kernel_size=3))):
+    for layout in (Lattice((4,), causal=True), Lattice((4,)), Lattice((2, 3), kernel_size=3)):
         operator = Operator(layout, 4, 2, Shared(4, bias=True), Shared(4, bias=True), Shared(4))
         params = {n: rng.standard_normal(s) for n, s in operator.parameters.items()}
         n = layout.num_queries
         live = rng.random((2, 2, n, n)) < 0.5
         for mask in (None, live, live[:, :1, :1], np.where(live, rng.standard_normal(live.shape), -np.inf)):
             x, y = rng.standard_normal((2, 2, n, 4))
-            found.append(Case(operator, params, x, y, mask, seed))
+            found.append(Question(operator, params, x, y, mask))
     conv = presets.convolution((8,), 2, 3, 2, stride=3)
     x, y = rng.standard_normal((2, conv.layout.num_queries, 2)), rng.standard_normal((2, 8, 2))
-    return [*found, Case(conv, {n: rng.standard_normal(s) for n, s in conv.parameters.items()}, x, y, None, 9)]
+    return [*found, Question(conv, {n: rng.standard_normal(s) for n, s in conv.parameters.items()}, x, y)]
 
 
 RANDOM = [c for c in map(random_case, range(2000, 2115)) if c.y is not None and c.x.shape[0]]
@@ -337,7 +337,7 @@ def test_M4_what_nobody_sees_reaches_no_result_and_no_gradient(poison: float) ->
         assert case.y is not None
         x = np.where(dead_query[..., None], poison, case.x)
         y = np.where(dead_key[..., None], poison, case.y)
-        pull = np.random.default_rng(case.seed).standard_normal((*case.x.shape[:-1], case.operator.out_features))
+        pull = np.random.default_rng(0).standard_normal(case.out_shape)
         for algorithm in _algorithms(case):
             found = []
             for own_x, own_y in ((case.x, case.y), (x, y)):
@@ -355,9 +355,9 @@ def test_M4_what_nobody_sees_reaches_no_result_and_no_gradient(poison: float) ->
 
 def test_M4_a_live_nan_reaches_exactly_the_rows_that_see_it() -> None:
     reached = 0
-    for case in RANDOM + _attention_cases():
+    for number, case in enumerate(RANDOM + _attention_cases()):
         assert case.y is not None
-        key = case.seed % case.y.shape[-2]
+        key = number % case.y.shape[-2]
         y = case.y.copy()
         y[..., key, :] = np.nan
         expected = translution.run(case.operator, case.params, case.x, y, mask=case.mask, backend="reference")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from translution.algorithms import ALGORITHMS, Cost, Request
     from translution.errors import CostError, InputError, NotSupported, UnknownName
     from translution.execution import Candidate, CompiledOperator, Plan, compile, explain, run, vjp  # noqa: A004 - as torch.compile
-    from translution.registry import BACKENDS, Backend, Gradients, get_backend
+    from translution.registry import BACKENDS, Backend, Claims, Gradients, get_backend
     from translution.spec import Operator, SpecError
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Candidate",
+    "Claims",
     "CompiledOperator",
     "Cost",
     "CostError",
@@ -43,7 +44,7 @@ _HOMES = {
     "translution.algorithms": ("ALGORITHMS", "Cost", "Request"),
     "translution.errors": ("CostError", "InputError", "NotSupported", "UnknownName"),
     "translution.execution": ("Candidate", "CompiledOperator", "Plan", "compile", "explain", "run", "vjp"),
-    "translution.registry": ("BACKENDS", "Backend", "Gradients", "get_backend"),
+    "translution.registry": ("BACKENDS", "Backend", "Claims", "Gradients", "get_backend"),
     "translution.spec": ("Operator", "SpecError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,39 +1,22 @@
 """The command line. Exit codes: 0 holds, 1 does not hold, 2 wrong use. A command imports what it needs itself."""
 
-import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from translution.command_files import JsonFile, check_file, write_json, wrong_use
+from translution.conform_command import conform
+
 app = typer.Typer(
     name="translution",
-    help="One operator that holds convolution and self-attention: verify it, and see what runs it.",
+    help="One operator that holds convolution and self-attention: verify it, see what runs it, examine a backend.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-
-
-def _wrong_use(message: str) -> typer.Exit:
-    typer.echo(f"translution: {message}", err=True)
-    return typer.Exit(2)
-
-
-def _check_json(path: Path | None) -> None:
-    """Nothing is computed that could not be written."""
-    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise _wrong_use(f"--json {path}: give a file in a folder that exists and can be written")
-
-
-def _write_json(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+app.command()(conform)
 
 
 @app.command()
@@ -57,16 +40,17 @@ def verify(
 
     With --module, on every nn.Conv*, nn.ConvTranspose* and nn.MultiheadAttention of your own model.
     """
-    _check_json(json_file)
+    check_file("--json", json_file)
     if (module is None) != (input is None):
-        raise _wrong_use("--module and --input go together, e.g. --module my.models:build --input 1,3,32,32")
+        raise wrong_use("--module and --input go together, e.g. --module my.models:build --input 1,3,32,32")
     if only not in (None, "reductions", "digits"):
-        raise _wrong_use(f"--only {only}: choose reductions or digits")
+        raise wrong_use(f"--only {only}: choose reductions or digits")
     if module is not None and (only is not None or cases is not None):
-        raise _wrong_use("--only and --cases choose among the library's own checks: leave them out with --module")
+        raise wrong_use("--only and --cases choose among the library's own checks: leave them out with --module")
     from translution.conformance.results import CannotVerify
     from translution.conformance.verify import verify_everything, verify_factory
-    from translution.display import Progress, show_rows
+    from translution.display import show_rows
+    from translution.progress import Progress
 
     try:
         with Progress() as progress:
@@ -76,11 +60,11 @@ def verify(
                 rows = verify_everything(12 if cases is None else cases, only, progress.update)
     except ModuleNotFoundError as error:
         need = f"verify needs {error.name}, which is not installed: pip install 'translution[conformance]'"
-        raise _wrong_use(need) from error
+        raise wrong_use(need) from error
     except CannotVerify as error:
-        raise _wrong_use(str(error)) from error
+        raise wrong_use(str(error)) from error
     holds = show_rows(rows)
-    _write_json(json_file, {"holds": holds, "rows": [row.as_json() for row in rows]})
+    write_json(json_file, {"holds": holds, "rows": [row.as_json() for row in rows]})
     raise typer.Exit(0 if holds else 1)
 
 
@@ -92,32 +76,32 @@ def explain(
     json_file: JsonFile = None,
 ) -> None:
     """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run."""
-    _check_json(json_file)
+    check_file("--json", json_file)
     from translution.algorithms import ITEM_BYTES, Request
     from translution.display import explanation_json, show_explanation
     from translution.execution import explain as candidates
     from translution.spec import SpecError, parse_spec
 
     if dtype not in ITEM_BYTES:
-        raise _wrong_use(f"--dtype {dtype}: choose one of {', '.join(ITEM_BYTES)}")
+        raise wrong_use(f"--dtype {dtype}: choose one of {', '.join(ITEM_BYTES)}")
     try:
         request = Request(parse_spec(spec), batch=batch, dtype=dtype)
     except (SpecError, OSError) as error:
-        raise _wrong_use(str(error)) from error
+        raise wrong_use(str(error)) from error
     found = candidates(request)
     show_explanation(request, found)
-    _write_json(json_file, explanation_json(request, found))
+    write_json(json_file, explanation_json(request, found))
 
 
 @app.command()
 def doctor(json_file: JsonFile = None) -> None:
     """What is installed, which backends run here, and why the others don't."""
-    _check_json(json_file)
+    check_file("--json", json_file)
     from translution.display import diagnosis, show_diagnosis
 
     found = diagnosis()
     show_diagnosis(found)
-    _write_json(json_file, found)
+    write_json(json_file, found)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,14 +1,12 @@
-"""What the command line shows: tables and progress bars. ``--json`` writes the same data."""
+"""What the command line shows: tables. ``--json`` writes the same data."""
 
 import platform
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from translution.algorithms import Request
@@ -19,31 +17,10 @@ from translution.spec import Lattice
 from translution.spec.serialization import operator_to_data
 
 if TYPE_CHECKING:
+    from translution.conformance.exam.law import Law
     from translution.conformance.results import Row
 
 PACKAGES = ("numpy", "torch", "triton", "transformers", "mlxtend", "hypothesis", "matplotlib", "safetensors")
-
-
-class Progress:
-    """Progress bars on standard error, one per label; plain silence where it is not a terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Bars(*columns, console=Console(stderr=True), transient=True)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._bars.stop()
-
-    def update(self, label: str, done: int, total: int) -> None:
-        """``done`` of ``total`` of what ``label`` names."""
-        if label not in self._tasks:
-            self._tasks[label] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[label], completed=done, total=total)
 
 
 def _console() -> Console:
@@ -123,6 +100,15 @@ def show_rows(rows: "Iterable[Row]") -> bool:
     if missing := [row for row in found if not row.cases]:
         console.print(f"[bold yellow]{len(missing)} could not be compared[/]: the table says why.")
     return holds
+
+
+def show_laws(laws: "Iterable[Law]") -> None:
+    """Print every law with its statement and the clauses that it checks."""
+    found = list(laws)
+    table = _table(f"{len(found)} laws", "law", "clauses", "statement", "cases", numbers=("cases",))
+    for law in found:
+        table.add_row(law.id, ", ".join(law.clauses), law.statement, " / ".join(str(n) for n in law.cases.values()))
+    _console().print(table)
 
 
 def _bytes(count: int) -> str:

@@ -136,9 +136,9 @@ def _device(like: Array) -> Any:
 
 def _returned(value: Array, batch_shape: tuple[int, ...], like: Array) -> Array:
     """``value`` with the caller's batch dimensions, in the caller's kind of array."""
+    own, kind = kind_of("the backend's result", value), kind_of("x", like)
     shaped = value.reshape((*batch_shape, *value.shape[1:]))
-    kind = kind_of("x", like)
-    if kind == "numpy" and kind_of("out", shaped) == "torch":
+    if kind == "numpy" and own == "torch":
         shaped = shaped.detach()
     return to_kind("out", shaped, kind, _device(like))
 
@@ -150,7 +150,7 @@ def run(
     y: Array | None = None,
     *,
     mask: Array | None = None,
-    backend: str = "torch",
+    backend: str | Backend = "torch",
     algorithm: str | None = None,
     return_weights: bool = False,
 ) -> Array:
@@ -162,7 +162,7 @@ def run(
         y: keys and values [.., Nk, Ck]; None where they are x. A relevance without content (convolution, pooling) has
             no queries: give its tokens as x alone.
         mask: broadcastable to [.., H, Nq, Nk]: bool with True = may attend, or a float added to logits (M1, M2).
-        backend: ``reference``, ``numpy``, ``torch``, ``triton``, or ``package.module:attribute``.
+        backend: ``reference``, ``numpy``, ``torch``, ``triton``, ``package.module:attribute``, or a backend itself.
         algorithm: one of the backend's, or None for its first that applies. What is named runs or raises (clause B1).
         return_weights: also return the weights [.., H, Nq, Nk].
 
@@ -191,7 +191,7 @@ def vjp(
     *,
     cotangent: Array,
     mask: Array | None = None,
-    backend: str = "numpy",
+    backend: str | Backend = "numpy",
     algorithm: str | None = None,
 ) -> tuple[Array, Gradients]:
     """The result and the gradients of <cotangent, out> for x, y and every parameter, on any backend.

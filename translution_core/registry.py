@@ -1,7 +1,7 @@
 """Backends by name: the four of the library, or any ``package.module:attribute``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +27,28 @@ class Gradients:
     params: Mapping[str, Array]
     x: Array
     y: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a backend says of its numbers, as its attribute ``claims``; without it these defaults are claimed.
+
+    ``gradient_order``: 0, no gradients; 1, ``vjp``; 2, a second derivative by torch's autograd too.
+    ``deterministic``: the same call gives the same bits. ``arithmetic``: dtypes that are not computed in themselves,
+    ``{"float32": "tf32"}``.
+    """
+
+    gradient_order: int = 1
+    deterministic: bool = True
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+
+
+def claims_of(backend: "Backend") -> Claims:
+    """The backend's own claims, or the defaults."""
+    found = getattr(backend, "claims", Claims())
+    if not isinstance(found, Claims):
+        raise TypeError(f"{backend.name}.claims is a {type(found).__name__}, expected a translution.Claims")
+    return found
 
 
 @runtime_checkable
@@ -62,10 +84,15 @@ class Backend(Protocol):
         ...
 
 
-def get_backend(name: str) -> Backend:
-    """The backend of that name; a missing optional library is named, any other failure is the backend's own error."""
+def get_backend(name: str | Backend) -> Backend:
+    """The backend of that name; a missing optional library is named, any other failure is the backend's own error.
+
+    A backend that is given as itself is returned.
+    """
+    if isinstance(name, Backend):
+        return name
     if not isinstance(name, str):
-        raise UnknownName("backend", name, BACKENDS, "A backend is given by name.")
+        raise UnknownName("backend", name, BACKENDS, "A backend is given by name, or as an object that has all of one.")
     module, _, attribute = f"{BACKENDS[name]}:backend".partition(":") if name in BACKENDS else name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise UnknownName("backend", name, BACKENDS, "Another package's backend is written package.module:attribute.")

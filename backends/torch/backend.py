@@ -17,7 +17,7 @@ from translution.backends.torch.relevance import LinkMask, dense_weights, link_m
 from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import NormalForm
-from translution.registry import Gradients
+from translution.registry import Claims, Gradients
 
 DEVICES = ("cpu", "cuda")
 
@@ -29,6 +29,7 @@ class TorchBackend:
     kind: Kind = "torch"
     algorithms: tuple[str, ...] = ("conv", "sdpa", "stream", "pairwise")
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
+    claims: Claims = Claims(gradient_order=2)
 
     def unavailable(self) -> list[str]:
         """Reasons why nothing runs on this machine: none, torch is imported."""

@@ -50,6 +50,13 @@ def _positions(layout: Lattice, axis: int, before: int, after: int) -> list[int]
     return [int(p) for p in found]
 
 
+def _bordered(y: Tensor, borders: list[int]) -> Tensor:
+    """``functional.pad``, which cuts before it pads and so can't cut beyond what it was given."""
+    if min(borders) < 0:
+        y, borders = functional.pad(y, [max(n, 0) for n in borders]), [min(n, 0) for n in borders]
+    return functional.pad(y, borders)
+
+
 def _padded(y: Tensor, layout: Lattice) -> Tensor:
     """y [B, C, *keys] from the first position that a window touches to the last; a negative padding cuts."""
     borders = []
@@ -58,7 +65,7 @@ def _padded(y: Tensor, layout: Lattice) -> Tensor:
         reach = layout.strides[axis] * (layout.grid[axis] - 1) + (layout.window[axis] - 1) * layout.dilations[axis]
         borders.append((before, reach - before - (layout.keys[axis] - 1)))
     if layout.boundary in ("absent", "zeros"):
-        return functional.pad(y, [n for border in reversed(borders) for n in border])
+        return _bordered(y, [n for border in reversed(borders) for n in border])
     for axis, border in enumerate(borders):
         y = y.index_select(axis + 2, torch.tensor(_positions(layout, axis, *border), device=y.device))
     return y
@@ -87,7 +94,7 @@ def convolution(form: NormalForm, params: Mapping[str, Tensor], y: Tensor) -> Te
         for axis in reversed(axes):
             before = layout.paddings[axis] - (layout.window[axis] - 1) * layout.dilations[axis]
             borders += [before, layout.grid[axis] - whole.shape[axis + 2] - before]
-        found = functional.pad(whole, borders)
+        found = _bordered(whole, borders)
     heads = (form.value.num_heads, form.value.head_dim)
     return found.reshape(batch, *heads, layout.num_queries).permute(3, 0, 1, 2)
 
@@ -118,7 +125,9 @@ class _Attention(Operation):
         if torch.is_grad_enabled():
             return (None, *gradients_with_graph(formula, ctx.saved_tensors, needs, cotangent))
         wanted = [t for t, need in zip(ctx.own, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(ctx.out, wanted, cotangent, retain_graph=True))
+        # Of an empty batch the kernel leaves the mask out of the graph.
+        pulled = torch.autograd.grad(ctx.out, wanted, cotangent, retain_graph=True, materialize_grads=True)
+        found = iter(pulled)
         return (None, *(next(found) if need else None for need in needs))
 
 

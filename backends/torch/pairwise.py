@@ -64,4 +64,6 @@ def aggregate(weights: Tensor | None, value: Encoded, links: Links, mask: LinkMa
     values = encode_links(value, links, mask)
     if weights is not None:
         values = weights.unsqueeze(-1) * values
+        if mask is not None and value.heads < weights.shape[2]:  # NaN that one head sees is absent to another (M4)
+            values = torch.where(mask.live.unsqueeze(-1), values, 0.0)
     return values.new_zeros((links.geometry.num_queries, *values.shape[1:])).index_add(0, links.query_index, values)

@@ -107,6 +107,8 @@ class _Aggregation(Operation):
         (value,) = call.steps(tensors, [False] * len(tensors))
         role = value.encoded
         heads = role.heads if weights is None else weights.shape[2]
+        # NaN that one head sees is absent to another that shares the values (M4).
+        shared = call.mask.live.unsqueeze(-1) if call.mask is not None and role.heads < heads else None
         total = Adder((call.links.geometry.num_queries, value.batch, heads * role.head_dim), tensors[0])
         for visit in call.links.visits:
             sums = total.rows(visit.query)
@@ -114,7 +116,11 @@ class _Aggregation(Operation):
                 value.add_encoded(visit, sums)
             else:
                 by_head = sums.view(visit.stop - visit.start, value.batch, heads, role.head_dim)
-                by_head.addcmul_(value.encode(visit), weights[visit.start : visit.stop].unsqueeze(-1))
+                own = weights[visit.start : visit.stop].unsqueeze(-1)
+                if shared is None:
+                    by_head.addcmul_(value.encode(visit), own)
+                else:
+                    by_head.add_(torch.where(shared[visit.start : visit.stop], value.encode(visit) * own, 0.0))
         return torch.unflatten(total.flush(), -1, (heads, role.head_dim))
 
     @staticmethod

@@ -6,11 +6,11 @@ import torch
 
 from translution.algorithms import Request
 from translution.arrays import Array, Kind
-from translution.backends.triton import claims
+from translution.backends.triton import claims as known
 from translution.backends.triton.assembly import forward
 from translution.errors import NotSupported
 from translution.inputs import Inputs
-from translution.registry import Gradients
+from translution.registry import Claims, Gradients
 
 
 class TritonBackend:
@@ -20,14 +20,15 @@ class TritonBackend:
     kind: Kind = "torch"
     algorithms = ("fused",)
     dtypes = ("float32", "float16", "bfloat16")
+    claims = Claims(gradient_order=0)
 
     def unavailable(self) -> list[str]:
         """No GPU and no interpreter."""
-        return claims.unavailable()
+        return known.unavailable()
 
     def not_supported(self, request: Request, algorithm: str) -> list[str]:
         """Every reason."""
-        return claims.not_supported(request, algorithm)
+        return known.not_supported(request, algorithm)
 
     def forward(
         self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs
@@ -40,7 +41,7 @@ class TritonBackend:
         self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs, cotangent: Array
     ) -> tuple[Array, Gradients]:
         """Always :class:`NotSupported`."""
-        raise NotSupported(self.name, algorithm, [claims.NO_BACKWARD])
+        raise NotSupported(self.name, algorithm, [known.NO_BACKWARD])
 
 
 backend = TritonBackend()

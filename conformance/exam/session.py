@@ -1,0 +1,239 @@
+"""Holding an exam: every law for every algorithm and dtype of a backend, in worker processes; one report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from translution.conformance.exam.examine import EDITION, LIMIT, silently
+from translution.conformance.exam.examiner import CannotExamine, Examiner
+from translution.conformance.exam.journal import Journal
+from translution.conformance.exam.law import FULL, QUICK, Law
+from translution.conformance.exam.report import Report, Result, Verdict
+from translution.conformance.exam.setting import EXAMINED, Setting
+from translution.conformance.exam.waivers import Waivers
+from translution.conformance.exam.worker import Desk, described
+from translution.conformance.laws import all_laws
+from translution.errors import UnknownName
+from translution.registry import Backend
+
+Progress = Callable[[str, int, int], None]
+JOBS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One law for one algorithm and dtype."""
+
+    law: Law
+    algorithm: str
+    dtype: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """As :attr:`Result.key`."""
+        return self.law.id, self.algorithm, self.dtype
+
+
+def choose(name: str, known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The ``wanted`` in the order of ``known``, all where nothing is asked for; :class:`UnknownName` for others."""
+    for one in wanted or ():
+        if one not in known:
+            raise UnknownName(name, one, known)
+    return [one for one in known if wanted is None or one in wanted]
+
+
+def items_of(
+    algorithms: Sequence[str], dtypes: Sequence[str], laws: Sequence[str] | None, among: dict[str, Law]
+) -> list[Item]:
+    """All items of an exam, law by law."""
+    chosen = [among[one] for one in choose("law", list(among), laws)]
+    return [
+        Item(law, algorithm, dtype)
+        for law in chosen
+        for algorithm in algorithms
+        for dtype in dtypes
+        if law.applies_to(dtype)
+    ]
+
+
+class _Exam:
+    """Items that are still open, and the results so far."""
+
+    def __init__(self, items: Sequence[Item], journal: Journal | None, progress: Progress) -> None:
+        self.results = {} if journal is None else dict(journal.results)
+        self._journal, self._progress, self._total = journal, progress, len(items)
+        # All algorithms of a law and dtype go to one worker, which remembers what it knows of their questions.
+        self._open: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+        groups: dict[tuple[str, str], list[Item]] = {}
+        for item in items:
+            if item.key not in self.results:
+                groups.setdefault((item.law.id, item.dtype), []).append(item)
+        for group in groups.values():
+            self._open.put(group)
+
+    def take(self) -> Iterator[Item]:
+        """Open items, until there are none or the exam is stopped."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                for item in self._open.get_nowait():
+                    if self.stopped.is_set():
+                        return
+                    yield item
+
+    def add(self, result: Result) -> None:
+        """Keep a result."""
+        with self._lock:
+            self.results[result.key] = result
+            if self._journal is not None:
+                self._journal.add(result)
+            self._progress("laws", len(self.results), self._total)
+
+
+def _in_processes(exam: _Exam, first: Examiner, setting: Setting, backend: str, jobs: int) -> None:
+    """Share the open items among ``jobs`` workers."""
+    errors: list[BaseException] = []
+
+    def work(own: Examiner | None) -> None:
+        try:
+            with own or Examiner(backend, setting) as examiner:
+                for item in exam.take():
+                    exam.add(examiner.examine(item.law, item.algorithm, item.dtype))
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            errors.append(error)
+            exam.stopped.set()
+
+    threads = [threading.Thread(target=work, args=(first if n == 0 else None,), daemon=True) for n in range(jobs)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    except KeyboardInterrupt:
+        exam.stopped.set()
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _in_this_process(exam: _Exam, desk: Desk) -> None:
+    for item in exam.take():
+        stream = io.StringIO()
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            result = desk.examine(item.law.id, item.algorithm, item.dtype, silently)
+            result = desk.refine(result, silently)
+        exam.add(replace(result, printed=stream.getvalue()[-2000:]))
+
+
+def run(
+    backend: str | Backend,
+    *,
+    level: str = QUICK,
+    algorithms: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    laws: Sequence[str] | None = None,
+    edition: str = EDITION,
+    explore: int = 0,
+    database: str | Path | None = None,
+    waivers: str | Path | None = None,
+    limit: float = LIMIT,
+    device: str = "cpu",
+    jobs: int = JOBS,
+    journal: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silently,
+) -> Report:
+    """Examine a backend.
+
+    Args:
+        backend: ``numpy``, ``package.module:attribute`` or any name :func:`translution.get_backend` knows: examined in
+            ``jobs`` processes of its own, which may hang or die. A backend object is examined in this process, where
+            only Python code can be interrupted.
+        level: ``quick`` or ``full``.
+        algorithms, dtypes, laws: only these; all that the backend has where not given.
+        explore: so many new random cases for each item in place of the edition's; ``database`` is a folder that keeps
+            the failing ones.
+        waivers: a TOML file, see :mod:`translution.conformance.exam.waivers`.
+        limit: seconds for one case.
+        journal: a file that every result is written to; with ``resume`` the results in it are not computed again.
+        progress: called with a label, how many are done, and of how many.
+
+    Returns:
+        The report. After a KeyboardInterrupt it has the results so far and is not ``complete``.
+
+    Raises:
+        CannotExamine: the backend can't be imported or does not run on this machine.
+        UnknownName: it has no such algorithm or dtype, or there is no such law, level or edition.
+        WaiverError, JournalError: these files say something else.
+    """
+    choose("level", (QUICK, FULL), [level])
+    choose("edition", (EDITION,), [edition])
+    setting = Setting(
+        level, edition, limit, None if waivers is None else str(waivers), device,
+        explore, None if database is None else str(database),
+    )  # fmt: skip
+    among, given = all_laws(), setting.read_waivers()
+    choose("law", list(among), laws)
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        examiner, desk = None, None
+        if isinstance(backend, str):
+            examiner = stack.enter_context(Examiner(backend, setting))
+            about = examiner.backend
+        else:
+            desk = Desk(backend, setting)
+            about = described(backend)
+        if about["unavailable"]:
+            raise CannotExamine(f"{about['name']} does not run here: {'; '.join(about['unavailable'])}")
+        claimed = [dtype for dtype in EXAMINED if dtype in about["dtypes"]]
+        items = items_of(
+            choose("algorithm", about["algorithms"], algorithms), choose("dtype", claimed, dtypes), laws, among
+        )
+        heading = {
+            "backend": str(about["name"]), "level": level, "edition": edition, "explore": explore,
+            "waivers": setting.waivers, "device": device, "versions": about["versions"],
+        }  # fmt: skip
+        book = None
+        if journal is not None:
+            book = Journal(Path(journal), heading, resume=resume)
+            stack.callback(book.close)
+        exam = _Exam(items, book, progress)
+        notes: list[str] = []
+        try:
+            if desk is not None:
+                _in_this_process(exam, desk)
+            elif examiner is not None and isinstance(backend, str):
+                _in_processes(exam, examiner, setting, backend, max(1, min(jobs, len(items))))
+        except KeyboardInterrupt:
+            notes.append("interrupted: only the results so far are here")
+    found = [exam.results[item.key] for item in items if item.key in exam.results]
+    if level == FULL and len(found) == len(items) and not explore:
+        found = unneeded(given, found)
+    name = backend if isinstance(backend, str) else str(about["name"])
+    shown = "explored" if explore else edition
+    return Report(
+        name, shown, level, len(items), tuple(found), about["versions"], time.perf_counter() - begin, tuple(notes)
+    )
+
+
+def unneeded(waivers: Waivers, results: Sequence[Result]) -> list[Result]:
+    """The results, where a waiver that nothing needed any more is a failure of what it covers."""
+    found = list(results)
+    for waiver in waivers.every:
+        covered = [n for n, result in enumerate(found) if waiver.covers(*result.key)]
+        if any(found[n].verdict is Verdict.WAIVED and waiver.reason in found[n].message for n in covered):
+            continue
+        message = f"the waiver ({waiver.reason!r}) is not needed: everything that it covers passes. Remove it"
+        for n in covered:
+            if found[n].verdict is Verdict.PASS:
+                found[n] = replace(found[n], verdict=Verdict.FAIL, message=message)
+    return found

@@ -1,0 +1,237 @@
+"""Absent tokens, whatever they hold; live ones that are not a number; rows without a key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from translution.conformance.exam.draws import Draws
+from translution.conformance.exam.law import Trial, law
+from translution.conformance.exam.question import Array, Question, rounded
+from translution.conformance.laws.sight import (
+    BATCHES,
+    BoolArray,
+    apart,
+    flat,
+    gradients,
+    key_side,
+    keys_of,
+    seen,
+    some,
+    unchanged,
+)
+from translution.conformance.operator_draws import draw_operator, is_convolution
+from translution.conformance.strategies import draw_question
+from translution.normal_form import normal_form
+from translution.spec import (
+    Encoder,
+    Identity,
+    Lattice,
+    LowRank,
+    Mean,
+    Mixture,
+    Ones,
+    Operator,
+    PerDisplacement,
+    Relevance,
+    Shared,
+    Softmax,
+)
+from translution.spec.relevance import branches
+
+
+def _with_absent_keys(draws: Draws, question: Question) -> Question:
+    """Some keys of every item masked for all queries, by a mask of its own or beside the one that is there."""
+    batch, keys = question.x.shape[:-2], question.operator.layout.num_keys
+    generator = draws.generator()
+    gone = generator.random((*batch, 1, 1, keys)) < 0.4
+    softmax = all(isinstance(branch, Softmax) for _, branch in branches(question.operator.relevance))
+    as_numbers = softmax and draws.some()
+    if question.mask is None:
+        return question.but(mask=np.where(gone, -np.inf, 0.0) if as_numbers else ~gone)
+    full = np.broadcast_to(question.mask, question.weights_shape)
+    return question.but(mask=full & ~gone if full.dtype == np.bool_ else np.where(gone, -np.inf, full))
+
+
+def _absent(draws: Draws, dtype: str, cotangent: bool) -> tuple[Question, Question, dict[str, BoolArray]]:
+    """A question, the same with NaN, infinities and huge numbers in every token that nothing sees, and where they are.
+
+    Tokens that are queries and keys at once are absent where neither side is live.
+    """
+    question = draw_question(draws, dtype, batch=draws.pick(BATCHES), cotangent=cotangent)
+    if not is_convolution(question.operator):
+        question = _with_absent_keys(draws, question)
+    sight = seen(question)
+    keys, queries = ~some(sight[..., :-1], (1, 2)), ~some(sight, (1, 3))
+    if question.y is None and question.operator.uses_content and not (keys & queries).any():
+        question = apart(question)
+    if question.y is not None:
+        absent = {"x": queries, "y": keys}
+    else:
+        absent = {"x": keys & queries if question.operator.uses_content else keys}
+    if not any(part.any() for part in absent.values()):
+        draws.reject("every token is seen")
+    generator = draws.generator()
+    rough = rounded([np.nan, np.inf, -np.inf, 1e30, 6e4], dtype)
+    tokens = {"x": question.x} if question.y is None else {"x": question.x, "y": question.y}
+
+    def filled(name: str, junk: bool) -> Array:
+        value, where = tokens[name], absent[name].reshape(*tokens[name].shape[:-1], 1)
+        return np.where(where, rough[generator.integers(0, len(rough), value.shape)] if junk else 0.0, value)
+
+    clean = question.but(**{name: filled(name, False) for name in tokens})
+    return clean, question.but(**{name: filled(name, True) for name in tokens}), absent
+
+
+@law("ABSENT", clauses=("M3", "M4"), kills=("absent-times-zero", "dead-row-mean"))
+def absent_tokens(trial: Trial) -> None:
+    """A key that no query may see, and a query without a live key, may hold NaN, infinity or any number: the result is
+    the same, bit for bit, as with zeros there.
+    """
+    clean, rough, _ = _absent(trial.draws, trial.dtype, False)
+    want, got = trial.run(clean).out, trial.run(rough).out
+    unchanged(trial, "result with NaN and infinities in absent tokens", clean, flat(got), flat(want))
+
+
+@law("ABSENT-GRADIENT", clauses=("M3", "M4"), kills=("absent-gradient-nan",))
+def absent_gradient(trial: Trial) -> None:
+    """With NaN or infinity in tokens that nothing sees all gradients are finite and those of a clean question, and
+    these tokens' own gradients are exactly 0.
+    """
+    clean, rough, absent = _absent(trial.draws, trial.dtype, True)
+    want, got, exact = trial.vjp(clean), trial.vjp(rough), trial.budget(clean)
+    for name, gradient in got.gradients.items():
+        trial.require(bool(np.isfinite(gradient).all()), f"gradient of {name} is not finite")
+        trial.within(f"gradient of {name}", gradient, want.gradients[name], 2 * exact.gradients[name])
+    for name, where in absent.items():
+        own = flat(got.gradients[name])[where]
+        trial.same(f"gradient of absent tokens of {name}", own, 0 * own)
+
+
+def _by_heads(draws: Draws, dtype: str) -> Question:
+    """A question whose heads can be told apart in the result, and all of whose features depend on every key."""
+    values: tuple[Encoder, ...] = (PerDisplacement(4), Shared(4, bias=True), Identity(), LowRank(3, 4))
+    relevances: tuple[Relevance, ...] = (
+        Softmax(), Ones(), Mean(), Softmax(scale=0.5), Mixture(Ones(), Softmax()), Mixture(Softmax(), Mean()), Softmax()
+    )  # fmt: skip
+    encoders: tuple[Encoder, ...] = (PerDisplacement(4), Shared(4))
+    value, relevance, sides = draws.walk(values), draws.walk(relevances), draws.pick(encoders)
+    content = any(isinstance(branch, Softmax) for _, branch in branches(relevance))
+    layout = draws.walk(
+        (
+            Lattice((2, 3)),
+            Lattice((4,), causal=True, registers=1),
+            Lattice((3, 2), kernel_size=(3, 2)),
+            Lattice((5,), kernel_size=3, boundary="circular"),
+            Lattice((2, 2), kernel_size=3, boundary="zeros"),
+        )
+    )
+    more: dict[str, Any] = {"query": sides, "key": sides} if content else {}
+    operator = Operator(layout, 4, 2, value, relevance=relevance, **more)
+    return apart(draw_question(draws, dtype, operator=operator, masked=False, batch=(2,)))
+
+
+@law(
+    "ABSENT-PAIR",
+    clauses=("E2", "M4"),
+    kills=("mask-first-head", "absent-times-zero", "live-nan-spreads", "nan-to-num"),
+)
+def absent_pair(trial: Trial) -> None:
+    """NaN in a key that is masked for some heads and rows only reaches exactly the heads of rows that see it, and
+    leaves every bit of the others.
+    """
+    question = _by_heads(trial.draws, trial.dtype)
+    operator, generator = question.operator, trial.draws.generator()
+    live = generator.random(question.weights_shape) < 0.6
+    softmax = all(isinstance(branch, Softmax) for _, branch in branches(operator.relevance))
+    added = np.where(live, rounded(generator.standard_normal(live.shape), trial.dtype), -np.inf)
+    item, key = trial.draws.integer(0, 1), trial.draws.integer(0, operator.layout.num_keys - 1)
+    clean, broken = keys_of(question).copy(), keys_of(question).copy()
+    clean[item, key], broken[item, key] = 0.0, np.nan
+    question = question.but(mask=added if softmax and trial.draws.some() else live, **{key_side(question): clean})
+    sight = np.zeros((2, operator.layout.num_queries, 2), bool)
+    sight[item] = seen(question)[item, :, :, key].T
+    want = trial.run(question).out
+    got = trial.run(question.but(**{key_side(question): broken})).out
+    features = np.repeat(sight, operator.value_head_dim, axis=-1)
+    wrong = np.argwhere(np.isnan(got) != features)
+    place = tuple(int(n) for n in wrong[0]) if len(wrong) else ()
+    trial.require(
+        not place,
+        f"NaN in key {key} of item {item} {'does not reach' if place and features[place] else 'reaches'} (item, row, "
+        f"feature) {place}",
+    )
+    unchanged(trial, "heads that do not see the key", question, got[~features], want[~features], ~features)
+
+
+@law("NAN", clauses=("M4",), kills=("nan-to-num", "live-nan-spreads"))
+def live_nan(trial: Trial) -> None:
+    """NaN in a live key makes exactly the rows that see it not a number, and leaves every bit of the others."""
+    question = apart(draw_question(trial.draws, trial.dtype, batch=trial.draws.pick(BATCHES)))
+    form = normal_form(question.operator)
+    if not form.value.linears and (form.key is None or not form.key.linears):
+        trial.draws.reject("nothing depends on what a key holds")
+    sight = some(seen(question)[..., :-1], 1)
+    choices = np.argwhere(some(sight, 1))
+    if not len(choices):
+        trial.draws.reject("no key is live")
+    item, key = (int(n) for n in choices[trial.draws.integer(0, len(choices) - 1)])
+    tokens = keys_of(question).copy()
+    flat(tokens)[item, key] = np.nan
+    broken = question.but(**{key_side(question): tokens})
+    want, got = flat(trial.run(question).out), flat(trial.run(broken).out)
+    reached = np.zeros(sight.shape[:2], bool)
+    reached[item] = sight[item, :, key]
+    trial.same(f"rows with NaN from key {key} of item {item}", np.isnan(got).any(axis=-1), reached)
+    unchanged(trial, "rows that do not see the NaN", question, got[~reached], want[~reached], ~reached)
+
+
+@law(
+    "DEAD-ROW",
+    clauses=("M3", "O2"),
+    kills=("dead-row-nan", "dead-row-mean", "dead-row-skips-output-bias", "dead-row-gradient-nan"),
+    quick=5,
+)
+def dead_row(trial: Trial) -> None:
+    """A query without a live key gives 0 before the output encoder, so the output bias alone; a head without one gives
+    0. Nothing that the row would have read gets a gradient from it, and nothing becomes NaN.
+    """
+    operator = draw_operator(trial.draws)
+    if trial.draws.walk((False, True, True)):
+        operator = replace(operator, output=Shared(3, bias=True))
+    batch = trial.draws.pick(BATCHES)
+    question = draw_question(trial.draws, trial.dtype, operator=operator, masked=True, batch=batch, cotangent=True)
+    assert question.mask is not None
+    generator = trial.draws.generator()
+    gone = generator.random((*question.weights_shape[:-1], 1)) < 0.25
+    gone |= generator.random((*question.x.shape[:-2], 1, gone.shape[-2], 1)) < 0.25
+    full = np.broadcast_to(question.mask, question.weights_shape)
+    mask = full & ~gone if full.dtype == np.bool_ else np.where(gone, -np.inf, full)
+    assert question.cotangent is not None
+    cotangent = question.cotangent
+    question = question.but(mask=mask)
+    heads = ~some(seen(question), -1).swapaxes(1, 2)
+    rows = ~some(~heads, -1)
+    if not rows.any():
+        trial.draws.reject("every row is live")
+    out = flat(trial.run(question).out)
+    bias = question.params.get("output.bias", np.zeros(out.shape[-1]))
+    trial.same("dead rows", out[rows], np.broadcast_to(bias, out[rows].shape))
+    if question.operator.output is None:
+        own = out.reshape(*heads.shape, -1)[heads]
+        trial.same("heads without a live key", own, np.zeros_like(own))
+    alone = question.but(cotangent=np.where(rows[..., None], flat(cotangent), 0).reshape(cotangent.shape))
+    found = gradients(trial, alone)
+    if found is None:
+        return
+    bound = trial.budget(alone)
+    for name, gradient in found.gradients.items():
+        if name == "output.bias":
+            trial.within(f"gradient of {name}", gradient, bound.gradient_values[name], bound.gradients[name])
+        else:
+            trial.same(f"gradient of {name} from dead rows", gradient, np.zeros_like(gradient))
+    exact = trial.budget(question)
+    for name, gradient in trial.vjp(question).gradients.items():
+        trial.within(f"gradient of {name}", gradient, exact.gradient_values[name], exact.gradients[name])

@@ -1,0 +1,1 @@
+"""Wrong backends, each with one mistake, and what is done with them: self-test, diagnosis, blind mutation."""

@@ -1,0 +1,468 @@
+"""Reports: what is written can be read again, and nothing that is broken is left out or says too much."""
+
+import copy
+import importlib.resources
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from translution.conformance.exam.examine import examine
+from translution.conformance.exam.explore import explore
+from translution.conformance.exam.law import Law
+from translution.conformance.exam.report import REPORT_VERSION, Counterexample, Report, Result, Verdict
+from translution.conformance.exam.subject import LiveSubject
+from translution.conformance.laws import all_laws
+from translution.conformance.mutants.catalogue import catalogue
+from translution.conformance.reports.as_json import SCHEMA_FILE, ReportError, read_json, report_schema, write_json
+from translution.conformance.reports.clauses import TITLES
+from translution.conformance.reports.html import html_page, write_html
+from translution.conformance.reports.junit import junit_xml, write_junit
+from translution.conformance.reports.markup import join, tag
+from translution.conformance.reports.strips import Axis
+from translution.conformance.reports.summary import clean, command, failures, headline
+from translution.conformance.reports.terminal import IN_FULL, show_report
+from translution.conformance.reports.words import operator_words
+from translution.spec import Mean, Operator, Shared
+from translution.spec.layout import Lattice
+from translution.spec.serialization import operator_to_data
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTILE = "my.pkg:<script>alert(1)</script>&\"'"
+ODD = "off \x00by\x1b[31m one ]]> \ud800 \ufffe </pre><img src=x onerror=alert(2)> \x85\u202e"
+
+
+@pytest.fixture(scope="module")
+def laws() -> dict[str, Law]:
+    return all_laws()
+
+
+@pytest.fixture(scope="module")
+def real(laws: dict[str, Law]) -> Report:
+    """The report of a mistaken backend; two of its results hold."""
+    backend = catalogue()["value-mirrored"].backend
+    results = tuple(
+        examine(laws[name], LiveSubject(backend, backend.algorithms[0], dtype), "quick")
+        for name in ("ORACLE", "VALUE-TRACER", "QUERY-TRACER")
+        for dtype in ("float64", "float32")
+    )
+    return Report(str(backend.name), "2026.1", "quick", len(results), results, {"translution": "0.1.0"}, 1.5)
+
+
+def example(law: str = "ORACLE", number: int = 3) -> Counterexample:
+    operator = Operator(Lattice((2, 3)), 4, 2, Shared(6), relevance=Mean())
+    return Counterexample(number, f"{law} asks", operator_to_data(operator), {"x": [1, 6, 4]}, 2)
+
+
+def every_verdict() -> Report:
+    results = (
+        Result("ORACLE", "pairwise", "float64", Verdict.PASS, 4, 4, 4, 8, 0.25, (0.25, 0.0, 1e-12, 0.1)),
+        Result("ORACLE", "pairwise", "float16", Verdict.NOT_CLAIMED, 0, 48, 4, reasons=("no float16 here",)),
+        Result("ORACLE", "stream", "float64", Verdict.FAIL, 1, 2, 4, message=ODD, counterexample=example(),
+               printed=ODD, diagnosis=("value-mirrored",), shares=(0.5,), worst_share=0.5),
+        Result("VALUE-TRACER", "pairwise", "float64", Verdict.UNKNOWN, 1, 48, 4, message="only 1 of 4 cases ran"),
+        Result("VALUE-TRACER", "stream", "float64", Verdict.WAIVED, 4, 4, 4, message="known since May"),
+    )  # fmt: skip
+    return Report(HOSTILE, "2026.1", "full", 5, results, {"translution": "0.1.0", "torch": "<2>"}, 3.25, ("a note",))
+
+
+def many(count: int) -> Report:
+    results = tuple(
+        Result(f"LAW-{n // 4}", "pairwise", f"dtype{n % 4}", Verdict.FAIL, 1, 1, 4, message=f"broke in case {n}")
+        for n in range(count)
+    )
+    return Report("b", "2026.1", "quick", count, results)
+
+
+def shown(report: Report, laws: dict[str, Law], width: int = 100) -> str:
+    stream = io.StringIO()
+    show_report(report, laws, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def words(text: str) -> str:
+    """Text without frames and line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+# JSON
+
+
+def test_the_schema_is_shipped_and_valid() -> None:
+    shipped = importlib.resources.files("translution.conformance.reports") / "schema" / SCHEMA_FILE
+    assert json.loads(shipped.read_text()) == report_schema()
+    jsonschema.Draft202012Validator.check_schema(report_schema())
+    assert report_schema()["properties"]["version"]["const"] == REPORT_VERSION
+
+
+def test_the_schema_has_the_fields_of_the_dataclasses(real: Report) -> None:
+    schema = report_schema()
+    result = schema["$defs"]["result"]
+    found = result["properties"]["counterexample"]
+    for kind, part in ((Result, result), (Counterexample, found)):
+        names = [field.name for field in fields(kind)]
+        assert [*part["properties"]] == names == part["required"]
+        assert part["additionalProperties"] is False
+    assert [*schema["properties"]] == [*real.as_json()] == schema["required"]
+    assert schema["$defs"]["verdict"]["enum"] == [*Verdict] == schema["properties"]["counts"]["required"]
+
+
+def test_round_trip(real: Report, tmp_path: Path) -> None:
+    for report in (real, every_verdict(), Report("b", "2026.1", "quick", 0, ())):
+        write_json(report, tmp_path / "report.json")
+        assert read_json(tmp_path / "report.json") == report
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf")])
+def test_no_number_that_json_lacks(share: float, tmp_path: Path) -> None:
+    report = every_verdict()
+    wrong = replace(report, results=(replace(report.results[0], shares=(0.5, share)), *report.results[1:]))
+    with pytest.raises(ReportError, match=re.escape(f"$.results[0].shares[1] is {share}")):
+        write_json(wrong, tmp_path / "report.json")
+    assert [*tmp_path.iterdir()] == []
+
+
+def changed(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data.update(values)
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "newer": (changed(version=2), "of version 2; this translution reads version 1"),
+    "another kind": (changed(schema="translution/operator"), "not a conformance report"),
+    "no version": (lambda data: data.pop("version"), "'version' is a required property"),
+    "version as text": (changed(version="1"), r"\$\.version: 1 was expected"),
+    "unknown field": (changed(more=1), r"'more' was unexpected"),
+    "unknown field in a result": (lambda data: data["results"][0].update(more=1), r"\$\.results\[0\]: .*'more'"),
+    "unknown verdict": (lambda data: data["results"][0].update(verdict="SKIP"), r"\$\.results\[0\]\.verdict: 'SKIP'"),
+    "missing field": (lambda data: data["results"][1].pop("tried"), r"\$\.results\[1\]: 'tried'"),
+    "a share above 1": (lambda data: data["results"][0]["shares"].append(1.5), r"\$\.results\[0\]\.shares\[4\]: 1.5"),
+    "shapes": (lambda data: data["results"][2]["counterexample"]["shapes"].update(x=["a"]), r"shapes\.x\[0\]"),
+    "holds against the results": (changed(holds=True), r"\$\.holds is True, but the results say False"),
+    "cases against the results": (changed(cases=1000), r"\$\.cases is 1000, but the results say 10"),
+    "counts against the results": (lambda data: data["counts"].update(FAIL=0), r"\$\.counts is"),
+    "cut short, but said to be complete": (changed(expected=6), r"\$\.complete is True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_reports_are_refused_with_their_place(name: str, tmp_path: Path) -> None:
+    breaks, message = BROKEN[name]
+    data = copy.deepcopy(json.loads(json.dumps(every_verdict().as_json())))
+    breaks(data)
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ReportError, match=f"^{re.escape(str(file))}: .*{message}"):
+        read_json(file)
+
+
+def test_the_same_item_twice_is_refused(tmp_path: Path) -> None:
+    report = every_verdict()
+    twice = replace(report, expected=6, results=(*report.results, report.results[0]))
+    write_json(twice, tmp_path / "report.json")
+    with pytest.raises(ReportError, match="ORACLE, pairwise, float64 twice"):
+        read_json(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"schema": "translution/conf', b"\xff\xfe", b'{"version": NaN}', b"[" * 200_000, b"[]", b"null"],
+    ids=["empty", "cut short", "not UTF-8", "NaN", "deep", "list", "null"],
+)
+def test_what_is_no_report_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ReportError, match=r"report\.json: (no JSON|not UTF-8|not a conformance report)"):
+        read_json(tmp_path / "report.json")
+
+
+def test_an_explored_counterexample_can_be_written(laws: dict[str, Law], tmp_path: Path) -> None:
+    """Its number is none of the edition's."""
+    backend = catalogue()["value-mirrored"].backend
+    subject = LiveSubject(backend, backend.algorithms[0], "float64")
+    result = explore(laws["VALUE-TRACER"], subject, 20)
+    found = Report("value-mirrored", "explored", "quick", 1, (result,))
+    assert found.results[0].counterexample is not None
+    assert found.results[0].counterexample.number < 0
+    write_json(found, tmp_path / "report.json")
+    assert read_json(tmp_path / "report.json") == found
+    assert command(found, found.results[0]).endswith(f"--explore {found.results[0].tried}")
+
+
+# JUnit
+
+
+def test_junit_has_every_result_with_the_right_counts(real: Report, laws: dict[str, Law], tmp_path: Path) -> None:
+    elements = {
+        "PASS": [], "NOT CLAIMED": ["skipped"], "WAIVED": ["skipped"], "UNKNOWN": ["error"], "FAIL": ["failure"],
+    }  # fmt: skip
+    for report in (real, every_verdict()):
+        write_junit(report, laws, tmp_path / "report.xml")
+        root = ET.parse(tmp_path / "report.xml").getroot()
+        found = {
+            (case.attrib["name"], suite.attrib["name"].removeprefix(clean(report.backend))): [
+                child.tag for child in case if child.tag != "system-out"
+            ]
+            for suite in root
+            for case in suite.iter("testcase")
+        }
+        assert found == {
+            (result.law, f".{result.algorithm}.{result.dtype}"): elements[result.verdict] for result in report.results
+        }
+        for place, cases in [(root, [*root.iter("testcase")]), *((suite, [*suite.iter("testcase")]) for suite in root)]:
+            assert place.attrib["tests"] == str(len(cases))
+            for name, element in (("failures", "failure"), ("errors", "error")):
+                assert place.attrib[name] == str(sum(case.find(element) is not None for case in cases))
+        assert sum(int(suite.attrib["skipped"]) for suite in root) == len([*root.iter("skipped")])
+        for suite in root:
+            values = {item.attrib["name"]: item.attrib["value"] for item in suite.iter("property")}
+            assert values["edition"] == report.edition
+            assert values["level"] == report.level
+            assert values["version translution"] == "0.1.0"
+
+
+def test_junit_says_what_broke(laws: dict[str, Law]) -> None:
+    root = ET.fromstring(junit_xml(every_verdict(), laws))
+    failure = next(root.iter("failure"))
+    assert failure.attrib["message"] == clean(ODD)
+    text = failure.text or ""
+    for part in (
+        laws["ORACLE"].statement,
+        "L1 Positions",
+        "Lattice(grid=(2, 3))",
+        "mutant value-mirrored",
+        "--law ORACLE",
+    ):
+        assert part in text
+    assert sorted(found.attrib["message"] for found in root.iter("skipped")) == [
+        "NOT CLAIMED: no float16 here", "WAIVED: known since May",
+    ]  # fmt: skip
+
+
+def test_a_junit_report_of_an_exam_that_does_not_hold_is_never_green(laws: dict[str, Law]) -> None:
+    passed = Result("ORACLE", "pairwise", "float64", Verdict.PASS, 4, 4, 4)
+    refused = replace(passed, verdict=Verdict.NOT_CLAIMED, cases=0)
+    for report, red in (
+        (Report("b", "e", "quick", 1, (passed,)), 0),
+        (Report("b", "e", "quick", 2, (passed,)), 1),
+        (Report("b", "e", "quick", 1, (refused,)), 1),
+        (Report("b", "e", "quick", 0, ()), 1),
+    ):
+        root = ET.fromstring(junit_xml(report, laws))
+        assert int(root.attrib["errors"]) + int(root.attrib["failures"]) == red
+        assert report.holds == (red == 0)
+
+
+# HTML
+
+
+class Page(HTMLParser):
+    """The elements of a page, its text outside styles and scripts, and its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "input"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & {*self._open}:
+            self.text.append(data)
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+def test_html_escapes_what_the_backend_says(laws: dict[str, Law]) -> None:
+    text = html_page(every_verdict(), laws)
+    page = Page(text)
+    assert len(page.all("script")) == 1
+    assert page.all("img") == []
+    assert HOSTILE in page.text
+    assert clean(ODD) in page.text
+    assert "\x1b" not in text
+    text.encode()
+
+
+def test_html_needs_nothing_else(real: Report, laws: dict[str, Law]) -> None:
+    for report in (real, every_verdict()):
+        page = Page(html_page(report, laws))
+        assert {name for name, _ in page.elements} & {"link", "iframe", "object", "embed", "base"} == set()
+        for _, attributes in page.elements:
+            assert attributes.keys() & {"src", "srcset", "action", "style", "xlink:href", "data"} == set()
+            assert not [name for name in attributes if name.startswith("on")]
+            assert (attributes.get("href") or "#").startswith("#")
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        assert {(link["href"] or "")[1:] for link in page.all("a")} <= set(ids)
+    folder = importlib.resources.files("translution.conformance.reports") / "page"
+    for file in folder.iterdir():
+        assert re.search(r"https?:|url\(|@import|fetch|import\(", file.read_text()) is None
+
+
+def test_html_has_every_item_as_text_under_real_headings(laws: dict[str, Law]) -> None:
+    page = Page(html_page(every_verdict(), laws))
+    assert {heading["scope"] for heading in page.all("th")} == {"col", "colgroup", "row", "rowgroup"}
+    for text in ("ORACLE", "25%", "NOT CLAIMED", "FAIL", "UNKNOWN", "WAIVED", "no float16 here", "known since May",
+                 "only 1 of 4 cases ran", "Lattice(grid=(2, 3))", "a note"):  # fmt: skip
+        assert any(text in part for part in page.text), text
+    assert any(part == laws["VALUE-TRACER"].statement for part in page.text)
+
+
+def test_html_forbids_what_it_does_not_contain(laws: dict[str, Law], tmp_path: Path) -> None:
+    write_html(every_verdict(), laws, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (policy,) = (meta["content"] or "" for meta in Page(text).all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_markup_escapes_by_default() -> None:
+    assert tag("p", "<&", tag("b", "x"), title='"<', class_="a", data_text="b", hidden=True, open=False) == (
+        '<p title="&quot;&lt;" class="a" data-text="b" hidden>&lt;&amp;<b>x</b></p>'
+    )
+    assert join("<", tag("br")) == "&lt;<br>"
+
+
+def test_strips_put_shares_in_their_place() -> None:
+    base = Result("A", "a", "float32", Verdict.PASS)
+    axis = Axis.of([replace(base, shares=(1e-3, 0.0, 0.2))])
+    assert axis.low == -3
+    places = [float(axis.at(share).rstrip("%")) for share in (0.0, 1e-5, 1e-3, 1e-2, 1.0)]
+    assert places[:3] == [0.0, 0.0, 0.0]
+    assert places[3] == pytest.approx(100 / 3.3, abs=0.01)
+    assert places[4] == pytest.approx(300 / 3.3, abs=0.01)
+    for shares in ((0.5,), (0.0, 0.0), (0.1, 0.2, 0.9)):
+        assert f"{len(shares)} cases: median" in axis.strip([replace(base, shares=shares)])
+    assert Axis.of([base]).low == -2
+
+
+# Terminal
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_terminal_shows_every_broken_result(width: int, real: Report, laws: dict[str, Law]) -> None:
+    for report in (real, every_verdict()):
+        text = shown(report, laws, width)
+        assert max(map(len, text.splitlines())) <= width
+        told = words(text).replace(" ", "")
+        for result in report.broken():
+            for part in (result.law, clean(result.message), laws[result.law].statement, command(report, result)):
+                shared = report is real and result.dtype == "float32" and part.startswith("translution")
+                assert shared or part.replace(" ", "").replace("\n", "") in told
+        assert headline(report).replace(" ", "") in told
+
+
+def test_terminal_spells_out_what_did_not_pass(laws: dict[str, Law]) -> None:
+    text = words(shown(every_verdict(), laws, 160))
+    for part in ("NOT CLAIMED: the backend says", "WAIVED: it fails", "UNKNOWN: nobody knows",
+                 "1 item: no float16 here", "VALUE-TRACER (stream float64): known since May",
+                 "equals that of the mutant value-mirrored", "a note",
+                 "case 3 of the edition: the last of its 2 questions", "layout = Lattice(grid=(2, 3))"):  # fmt: skip
+        assert part in text
+    assert "\x1b" not in text
+
+
+def test_terminal_stays_short_when_everything_fails(laws: dict[str, Law]) -> None:
+    report = many(800)
+    text = shown(report, laws)
+    assert text.count("╭") == IN_FULL
+    assert "800 results are broken; --json has each" in text
+    below = text.split("cases  how many ran")[1]
+    assert len(below.splitlines()) < 150
+    told = [n for n in range(200) if re.search(rf"LAW-{n}\b", below)]
+    assert f"{200 - len(told)} more groups of broken results" in below
+    assert 0 < len(told) < 200
+
+
+def test_terminal_fits_every_column_somewhere(laws: dict[str, Law]) -> None:
+    results = tuple(
+        Result("ORACLE", f"algorithm{n}", "bfloat16", Verdict.PASS, 4, 4, 4, 1) for n in range(30)
+    )  # fmt: skip
+    text = shown(Report("b", "2026.1", "quick", 30, results), laws, 80)
+    assert [n for n in range(30) if not re.search(rf"algorithm{n}\b", text)] == []
+    assert sum(line.count(" exact") for line in text.splitlines() if line.startswith("ORACLE")) == 30
+    assert "…" not in text
+
+
+def test_rich_markup_of_a_backend_is_text(laws: dict[str, Law]) -> None:
+    failed = Result("ORACLE", "[bold]", "float64", Verdict.FAIL, message="[red]x[/] [/nothing] :smile:")
+    text = shown(Report("[link=x]b[/link]", "e", "quick", 1, (failed,)), laws)
+    for part in ("[bold]", "[red]x[/] [/nothing] :smile:", "conformance of [link=x]b[/link]"):
+        assert part in text
+
+
+# What they share
+
+
+def test_clause_headings_are_those_of_the_specification() -> None:
+    text = (ROOT / "docs" / "specification.md").read_text()
+    assert dict(re.findall(r"^### ([A-Z][0-9]+)\. (.*)$", text, flags=re.MULTILINE)) == TITLES
+
+
+def test_failures_are_grouped_and_the_telling_ones_come_first() -> None:
+    base = Result("A", "a", "float64", Verdict.FAIL, counterexample=example())
+    small = replace(example(), shrunk=True)
+    results = (
+        replace(base, law="U", verdict=Verdict.UNKNOWN),
+        base,
+        replace(base, dtype="float32", counterexample=small),
+        replace(base, law="B", diagnosis=("noise",)),
+        replace(base, law="P", verdict=Verdict.PASS),
+    )
+    found = failures(Report("b", "e", "quick", 5, results))
+    assert [(failure.law, len(failure.results)) for failure in found] == [("B", 1), ("A", 2), ("U", 1)]
+    assert found[1].shown.counterexample == small
+
+
+def test_commands_can_be_given_to_a_shell() -> None:
+    report = every_verdict()
+    line = command(report, report.results[2])
+    split = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    assert split.stdout.splitlines() == [
+        "translution", "conform", HOSTILE, "--law", "ORACLE", "--algorithm", "stream", "--dtype", "float64",
+        "--level", "full",
+    ]  # fmt: skip
+
+
+def test_operators_are_told_without_their_defaults() -> None:
+    operator = Operator(Lattice((2, 3), kernel_size=(3, 3), stride=(2, 1)), 4, 2, Shared(6), relevance=Mean())
+    assert operator_words(operator_to_data(operator)) == [
+        ("layout", "Lattice(grid=(2, 3), kernel_size=(3, 3), stride=(2, 1))"),
+        ("dim", "4"),
+        ("num_heads", "2"),
+        ("value", "Shared(features=6)"),
+        ("relevance", "Mean"),
+    ]
+    assert operator_words({"layout": {"kind": "New", "a": 1}, "b": [1]}) == [("layout", "New(a=1)"), ("b", "(1,)")]
+
+
+def test_reports_are_imported_without_what_they_may_not_need() -> None:
+    code = (
+        "import sys\n"
+        "from translution.conformance.reports import as_json, html, junit, summary, terminal\n"
+        "print(sorted({'rich', 'jsonschema', 'torch', 'hypothesis', 'matplotlib'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
