@@ -25,7 +25,7 @@ conform: $(STAMPS)/verify $(STAMPS)/package
 	$(BIN)/translution conform translution.backends.reference:backend --level $(LEVEL)
 	$(BIN)/translution conform translution.backends.numpy:backend --level $(LEVEL)
 	$(BIN)/translution conform translution.backends.torch:backend --level $(LEVEL)
-	TRITON_INTERPRET=1 $(BIN)/translution conform translution.backends.triton:backend --level $(LEVEL)
+	TRITON_INTERPRET=1 $(BIN)/translution conform translution.backends.triton:backend --level $(LEVEL) --dtype float32
 	$(BIN)/translution conform --selftest
 
 # Triton decides when it is imported whether it interprets or compiles: one process for each.

@@ -20,6 +20,7 @@ from translution.backends.torch.replacement import NotRun, Replacement, replace
 from translution.conformance.comparison import share, worst_error
 from translution.conformance.network_bounds import MeanOverTokens, output_bounds
 from translution.conformance.results import Row
+from translution.conformance.threads import one_thread
 
 Progress = Callable[[str, int, int], None]
 
@@ -174,7 +175,7 @@ def verify_digits(
     """Train both models (some ten seconds each), replace, compare on the held-out digits."""
     digits = load_digits(seed)
     rows = []
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for subject, factory, epochs in (
             ("3 Conv2d of a CNN", convolutional, 8),

@@ -16,6 +16,7 @@ from translution.conformance.comparison import ComparisonError, check, worst_err
 from translution.conformance.error_model import Budget, budget
 from translution.conformance.reductions import Reduction, ReductionCase, all_reductions, find_reduction
 from translution.conformance.results import Row
+from translution.conformance.threads import one_thread
 from translution.errors import NotSupported
 from translution.execution import reasons_against, run, vjp
 from translution.registry import BACKENDS, Backend, get_backend
@@ -260,14 +261,9 @@ def verify_reductions(
     """
     chosen = all_reductions() if reductions is None else tuple(reductions)
     runners, rows = _runners(backends)
-    threads = torch.get_num_threads()
-    # Arrays this small only lose by being shared out.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for number, reduction in enumerate(chosen):
             progress(SECTION, number, len(chosen))
             rows += _verify(reduction, runners, cases, dtypes)
-    finally:
-        torch.set_num_threads(threads)
     progress(SECTION, len(chosen), len(chosen))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -265,8 +266,6 @@ def test_the_exam_notices_a_sample_of_mutations(tmp_path: Path) -> None:
     ]
     done = subprocess.run([*command, *laws], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode in (0, 1), done.stderr
-    import json
-
     data = json.loads(file.read_text(encoding="utf-8"))
     assert data["run"] == 16
     assert data["broken"] == []

@@ -199,7 +199,7 @@ def launch(
     chosen = blocks or blocks_for(target or current_target(), item_size)
     rows = interpreter_rows(o) if blocks is None and INTERPRETED else chosen.rows
     for tensor in (*_tokens(o), *tables):
-        if not tensor[0].is_contiguous():
+        if len(tensor) and not tensor[0].is_contiguous():  # a layout without links has tables without rows
             raise ValueError(f"an operand of shape {tuple(tensor.shape)} has strides {tensor.stride()}")
     spans = [max(t.stride(0), t.shape[1] * t.stride(1)) for t in _tokens(o)]
     spans += [box.num_queries * o.num_heads * n for n in (o.value_width, o.static_width, 1)]

@@ -195,3 +195,13 @@ def test_saturated_softmax_stays_finite(draw):
     exact = budget(operator, params, x)
     assert np.isfinite(found).all()
     check("saturated", found, exact.value, exact.out)
+
+
+def test_a_layout_without_links_gives_zeros() -> None:
+    layout = Lattice((3, 3), key_grid=(4, 3), kernel_size=(2, 1), dilation=(1, 2), padding=(-1, 1), causal=True)
+    operator = Operator(layout, 3, 2, PerDisplacement(4, bias=True), relevance=Ones())
+    assert layout.num_classes == 0
+    params = {name: torch.ones(shape) for name, shape in operator.parameters.items()}
+    out = translution.run(operator, params, torch.ones(2, 9, 3), torch.ones(2, 12, 3), backend="triton")
+    assert out.shape == (2, 9, 4)
+    assert not out.any()
