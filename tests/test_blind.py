@@ -65,6 +65,7 @@ CHANGED = {
     "assert a < 1": [],
     "x: L[1]": [],
     "None": [],
+    "a.reshape(-1)": ["a.reshape(-1) -> pass", "-1 -> 1"],
     "zip(strict=True)": ["zip(strict=True) -> pass"],
 }
 

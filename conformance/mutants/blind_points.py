@@ -117,6 +117,7 @@ class _Finder:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.line = 0
+        self.unknown_sizes: set[int] = set()
 
     def walk(self, node: ast.AST, parent: Parent | None) -> Iterator[Point]:
         if _reads_alone(node):
@@ -151,6 +152,9 @@ class _Finder:
     def changes(self, node: ast.AST, parent: Parent | None) -> Iterator[tuple[str, Callable[[], None]]]:
         """Every change of this node itself."""
         match node:
+            case ast.Call(func=ast.Attribute(attr="reshape")):
+                # NumPy takes any negative size for the one that is unknown.
+                self.unknown_sizes |= {id(a.operand) for a in node.args if isinstance(a, ast.UnaryOp)}
             case ast.BinOp() if not (_is_text(node.left) or _is_text(node.right)):
                 if (other := OPERATORS.get(type(node.op))) is not None:
                     new = ast.BinOp(node.left, other(), node.right)
@@ -164,7 +168,7 @@ class _Finder:
             case ast.BoolOp():
                 other_op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
                 yield _shown(node, ast.BoolOp(other_op, node.values)), _set(node, "op", other_op)
-            case ast.Constant() if parent is not None:
+            case ast.Constant() if parent is not None and id(node) not in self.unknown_sizes:
                 for value in _other_values(node.value):
                     yield f"{node.value!r} -> {value!r}", _set(node, "value", value)
             case ast.Attribute(attr=attr) if attr in OTHERS:
