@@ -74,7 +74,7 @@ class Exam:
         laws = all_laws()
         self._examiner: Examiner | None = None
         try:
-            choose("law", list(laws), given.get("law"))
+            chosen = [laws[name] for name in choose("law", list(laws), given.get("law"))]
             self._setting.read_waivers()
             self._examiner = Examiner(backend, self._setting)
             about = self._examiner.backend
@@ -82,7 +82,7 @@ class Exam:
                 raise CannotExamine(f"{backend} does not run here: {'; '.join(about['unavailable'])}")
             dtypes = [dtype for dtype in EXAMINED if dtype in about["dtypes"]]
             algorithms = choose("algorithm", about["algorithms"], given.get("algorithm"))
-            self._items = items_of(algorithms, choose("dtype", dtypes, given.get("dtype")), given.get("law"), laws)
+            self._items = items_of(chosen, algorithms, choose("dtype", dtypes, given.get("dtype")))
         except (UnknownName, CannotExamine, WaiverError) as error:
             self.pytest_unconfigure()
             raise pytest.UsageError(f"translution: {error}") from error

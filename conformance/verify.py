@@ -8,14 +8,13 @@ from typing import Any
 
 from translution.conformance.results import CannotVerify, Row, blame
 from translution.errors import NotSupported
-
-Progress = Callable[[str, int, int], None]
+from translution.progress import Update
 
 # What the interpreter can do while the other backends run.
 INTERPRETED_CASES = 3
 
 
-def verify_everything(cases: int, only: str | None, progress: Progress) -> list[Row]:
+def verify_everything(cases: int, only: str | None, progress: Update) -> list[Row]:
     """Every reduction on every backend that claims it (``reductions``), then trained models on digits (``digits``)."""
     rows: list[Row] = []
     if only in (None, "reductions"):
@@ -27,7 +26,7 @@ def verify_everything(cases: int, only: str | None, progress: Progress) -> list[
     return rows
 
 
-def _verify_reductions(cases: int, progress: Progress) -> list[Row]:
+def _verify_reductions(cases: int, progress: Update) -> list[Row]:
     from translution.conformance import interpreted
     from translution.conformance.verify_reductions import verify_reductions
     from translution.registry import BACKENDS, get_backend
@@ -76,7 +75,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def verify_factory(module: str, shape: str, progress: Progress) -> list[Row]:
+def verify_factory(module: str, shape: str, progress: Update) -> list[Row]:
     """Every convertible module of the model that ``module`` (``pkg.mod:factory``) builds, on an input of ``shape``."""
     from translution.conformance.verify_modules import verify_modules
 

@@ -10,7 +10,6 @@ for float32 arithmetic.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +20,10 @@ from translution.conformance.comparison import share, worst_error
 from translution.conformance.network_bounds import MeanOverTokens, output_bounds
 from translution.conformance.results import Row
 from translution.conformance.threads import one_thread
-
-Progress = Callable[[str, int, int], None]
+from translution.progress import Update, silently
 
 TRAINING = 4000
 BATCH = 250
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ class Transformer(nn.Module):
         return logits
 
 
-def train(model: nn.Module, digits: Digits, epochs: int, progress: Progress, label: str) -> None:
+def train(model: nn.Module, digits: Digits, epochs: int, progress: Update, label: str) -> None:
     """AdamW with one learning-rate cycle; the order of the digits is seeded."""
     generator = torch.Generator().manual_seed(1)
     steps = epochs * (TRAINING // 100)
@@ -170,7 +164,7 @@ def _row(
 
 
 def verify_digits(
-    *, algorithm: str = "stream", backend: str = "torch", seed: int = 0, progress: Progress = _silent
+    *, algorithm: str = "stream", backend: str = "torch", seed: int = 0, progress: Update = silently
 ) -> list[Row]:
     """Train both models (some ten seconds each), replace, compare on the held-out digits."""
     digits = load_digits(seed)

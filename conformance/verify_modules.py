@@ -24,17 +24,13 @@ from translution.conformance.module_bounds import attention_bounds, evaluate, wi
 from translution.conformance.results import CannotVerify, Row, blame
 from translution.conformance.rounding import ARITHMETIC
 from translution.errors import InputError, NotSupported
+from translution.progress import Update, silently
 from translution.spec import SpecError
 
-Progress = Callable[[str, int, int], None]
 INPUTS = ("input", "query", "key", "value")
 
 
 Arguments = Mapping[str, Any]
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    pass
 
 
 @contextmanager
@@ -78,7 +74,7 @@ def verify_modules(
     algorithm: str = "stream",
     backend: str = "torch",
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Update = silently,
 ) -> list[Row]:
     """One row for each convertible module of ``factory()``, on a normal random input of ``shape``.
 

@@ -4,7 +4,7 @@ A general algorithm proves the theorem; a native shortcut (``conv``, ``sdpa``) i
 stands in for a general one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,11 @@ from translution.conformance.results import Row
 from translution.conformance.threads import one_thread
 from translution.errors import NotSupported
 from translution.execution import reasons_against, run, vjp
+from translution.progress import Update, silently
 from translution.registry import BACKENDS, Backend, get_backend
 
 SECTION = "reductions"
 SHORTCUTS = ("conv", "sdpa")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +243,11 @@ def _verify(reduction: Reduction, runners: Sequence[Runner], cases: int, dtypes:
     return [tally.row(reduction, runner) for runner, tally in zip(wanted, tallies, strict=True)]
 
 
-def _silent(label: str, done: int, total: int) -> None:
-    pass
-
-
 def verify_reductions(
     backends: Sequence[str] = tuple(BACKENDS),
     cases: int = 12,
     dtypes: Sequence[str] = ("float64", "float32"),
-    progress: Progress = _silent,
+    progress: Update = silently,
     reductions: Sequence[Reduction] | None = None,
 ) -> list[Row]:
     """One row for each reduction, backend and algorithm.

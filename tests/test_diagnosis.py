@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from translution.conformance.exam.question import Answer, Question  # noqa: E402
-from translution.conformance.exam.subject import LiveSubject, NotClaimed, Subject  # noqa: E402
-from translution.conformance.mutants.diagnosis import candidates, diagnose, drawn, probes  # noqa: E402
-from translution.conformance.mutants.naive import Naive  # noqa: E402
-from translution.conformance.mutants.orders import orders  # noqa: E402
-from translution.registry import get_backend  # noqa: E402
+from translution.conformance.exam.question import Answer, Question
+from translution.conformance.exam.subject import LiveSubject, NotClaimed, Subject
+from translution.conformance.mutants.diagnosis import candidates, diagnose, drawn, probes
+from translution.conformance.mutants.naive import Naive
+from translution.conformance.mutants.orders import orders
+from translution.conformance.threads import one_thread
+from translution.registry import get_backend
 
 # A second derivative is no part of the questions.
 UNSEEN = {"second-order-zero"}
@@ -28,11 +29,9 @@ SOME = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def in_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 class Told(Subject):

@@ -345,9 +345,7 @@ def test_a_journal_holds_results_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     book = Journal(path, {"backend": "x"}, resume=False)
     book.add(failed)
-    book.close()
     again = Journal(path, {"backend": "x"}, resume=True)
-    again.close()
     assert again.results == {failed.key: failed}
     assert all(json.loads(line) for line in path.read_text().splitlines())
 

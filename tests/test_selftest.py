@@ -11,15 +11,15 @@ from types import ModuleType
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from translution.conformance.exam.law import Law, Trial  # noqa: E402
-from translution.conformance.laws import all_laws  # noqa: E402
-from translution.conformance.mutants.catalogue import catalogue  # noqa: E402
-from translution.conformance.mutants.false_alarms import Task, Used, hold, measured  # noqa: E402
-from translution.conformance.mutants.naive import Naive  # noqa: E402
-from translution.conformance.mutants.orders import orders  # noqa: E402
-from translution.conformance.mutants.selftest import (  # noqa: E402
+from translution.conformance.exam.law import Law, Trial
+from translution.conformance.laws import all_laws
+from translution.conformance.mutants.catalogue import catalogue
+from translution.conformance.mutants.false_alarms import Task, Used, hold, measured
+from translution.conformance.mutants.naive import Naive
+from translution.conformance.mutants.orders import orders
+from translution.conformance.mutants.selftest import (
     Kill,
     Sat,
     SelfTest,
@@ -29,14 +29,13 @@ from translution.conformance.mutants.selftest import (  # noqa: E402
     search,
     sit,
 )
+from translution.conformance.threads import one_thread
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def in_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def test_every_name_in_kills_is_a_mutant() -> None:

@@ -1,6 +1,14 @@
-"""Progress bars, for whatever takes more than a moment."""
+"""Progress, for whatever takes more than a moment: who is told, and bars that show it."""
 
+from collections.abc import Callable
 from typing import Any, Self
+
+# Told a label, how many are done, and of how many.
+Update = Callable[[str, int, int], None]
+
+
+def silently(*_: object) -> None:
+    """Tell nobody."""
 
 
 class Progress:

@@ -18,6 +18,7 @@ from translution.conformance.exam.question import Question
 from translution.conformance.exam.report import Counterexample, Result, Verdict
 from translution.conformance.exam.subject import NotClaimed, Subject
 from translution.conformance.exam.waivers import NO_WAIVERS, Waivers
+from translution.progress import silently
 from translution.spec.serialization import operator_to_data
 
 EDITION = "2026.1"
@@ -29,10 +30,6 @@ PATIENCE = 3
 LIMIT = 60.0
 NO_ANSWER = "no answer within"
 Started = Callable[[int], None]
-
-
-def silently(*_: object) -> None:
-    """Tell nobody."""
 
 
 class Overtime(Exception):
@@ -86,7 +83,7 @@ def draws_for(law: Law, number: int, edition: str = EDITION) -> Draws:
 
 
 def run_case(law: Law, subject: Subject, draws: Draws, limit: float | None = LIMIT) -> tuple[Trial, Any]:
-    """One case; raises what :func:`judge` explains."""
+    """One case; what it raises carries the trial, see :func:`trial_of`."""
     trial = Trial(subject, draws)
     try:
         with limited(limit):

@@ -14,10 +14,11 @@ from hypothesis.errors import Flaky, Unsatisfiable
 
 from translution.conformance.comparison import ComparisonError
 from translution.conformance.exam.draws import HypothesisDraws, Rejected
-from translution.conformance.exam.examine import LIMIT, Overtime, Started, counterexample, run_case, silently, trial_of
+from translution.conformance.exam.examine import LIMIT, Overtime, Started, counterexample, run_case, trial_of
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import Counterexample, Result, Verdict
 from translution.conformance.exam.subject import NotClaimed, Subject
+from translution.progress import silently
 
 EXPLORED = -1  # the number of a case that is not of the edition
 

@@ -17,15 +17,17 @@ class JournalError(ValueError):
     """A journal that belongs to another exam, or can't be written."""
 
 
-class Journal:
-    """A file whose first line says which exam it is of. A last line that was cut off is dropped.
+class JsonLines:
+    """A file of records under a heading that says what they are about. A last line that was cut off is dropped.
 
     Raises:
-        JournalError: with ``resume``, the file is of another exam; without, or then too, it can't be written.
+        JournalError: with ``resume``, the file has another heading; without, or then too, it can't be written.
     """
 
+    other = "another exam"
+
     def __init__(self, path: Path, heading: Mapping[str, Any], *, resume: bool) -> None:
-        self.path, self.results = path, dict[Key, Result]()
+        self.path, self.records = path, list[dict[str, Any]]()
         own = json.loads(json.dumps(heading))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +35,8 @@ class Journal:
                 self._read(own)
             # Written anew, so that a line that was cut off is gone.
             fresh = path.with_suffix(".new")
-            lines = [own, *(result.as_json() for result in self.results.values())]
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in (own, *self.records)), encoding="utf-8")
             fresh.replace(path)
-            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise JournalError(f"the journal {path} can't be written: {error.strerror or error}") from error
 
@@ -45,24 +45,31 @@ class Journal:
         found = [data for line in lines if (data := _parsed(line)) is not None]
         if not found or found[0] != own:
             written = found[0] if found else {}
-            other = [
-                f"{name}: {written.get(name)!r}, now {own[name]!r}" for name in own if written.get(name) != own[name]
-            ]
-            raise JournalError(f"{self.path} is of another exam ({'; '.join(other)}): start without resuming")
-        for data in found[1:]:
-            result = Result.from_json(data)
-            self.results[result.key] = result
+            differ = [name for name in own if written.get(name) != own[name]]
+            told = [f"{name}: {written.get(name)!r}, now {own[name]!r}" for name in differ]
+            raise JournalError(f"{self.path} is of {self.other} ({'; '.join(told)}): start without resuming")
+        self.records = found[1:]
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a record down; it survives whatever comes next."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Journal(JsonLines):
+    """The results of an exam."""
+
+    def __init__(self, path: Path, heading: Mapping[str, Any], *, resume: bool) -> None:
+        super().__init__(path, heading, resume=resume)
+        found = (Result.from_json(record) for record in self.records)
+        self.results: dict[Key, Result] = {result.key: result for result in found}
 
     def add(self, result: Result) -> None:
-        """Write a result down; it survives whatever comes next."""
+        """Keep a result."""
         self.results[result.key] = result
-        self._file.write(json.dumps(result.as_json()) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """No more results."""
-        self._file.close()
+        self.write(result.as_json())
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from translution.conformance.comparison import ComparisonError, check
 from translution.conformance.error_model import Budget, budget
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.question import Answer, Question, digest
+from translution.conformance.exam.remembered import Remembered
 from translution.conformance.exam.subject import LiveSubject, NotClaimed, Subject
-from translution.spec import Operator
 
 Body = Callable[["Trial"], Any]
 Conclusion = Callable[[Sequence[Any], str], None]
@@ -90,24 +89,13 @@ def registered() -> dict[str, Law]:
 
 
 # Algorithms of one backend are asked the same questions, one after the other.
-_BUDGETS: OrderedDict[tuple[Operator, str, str], Budget] = OrderedDict()
-_KEPT = 512
+BUDGETS = Remembered(512)
 
 
-def keep_budgets(count: int) -> None:
-    """Remember the error bounds of so many questions, for a process that asks all of an exam again and again."""
-    global _KEPT
-    _KEPT = count
-
-
-def _remembered(question: Question, arithmetic: str) -> Budget:
-    key = question.operator, arithmetic, digest(question.arrays)
-    if key not in _BUDGETS:
-        q = question
-        _BUDGETS[key] = budget(q.operator, q.params, q.x, q.y, q.mask, q.cotangent, arithmetic)
-        if len(_BUDGETS) > _KEPT:
-            _BUDGETS.popitem(last=False)
-    return _BUDGETS[key]
+def _budget(question: Question, arithmetic: str) -> Budget:
+    q = question
+    key = q.operator, arithmetic, digest(q.arrays)
+    return BUDGETS.once(key, lambda: budget(q.operator, q.params, q.x, q.y, q.mask, q.cotangent, arithmetic))
 
 
 class Trial:
@@ -138,7 +126,7 @@ class Trial:
     def budget(self, question: Question) -> Budget:
         """The exact result and the bound of every element, gradients too where there is a cotangent."""
         if question not in self._budgets:
-            self._budgets[question] = _remembered(question, self.subject.arithmetic)
+            self._budgets[question] = _budget(question, self.subject.arithmetic)
         return self._budgets[question]
 
     def live(self) -> LiveSubject:

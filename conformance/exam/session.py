@@ -7,11 +7,11 @@ import io
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from translution.conformance.exam.examine import EDITION, LIMIT, silently
+from translution.conformance.exam.examine import EDITION, LIMIT
 from translution.conformance.exam.examiner import CannotExamine, Examiner
 from translution.conformance.exam.journal import Journal
 from translution.conformance.exam.law import FULL, QUICK, Law
@@ -21,9 +21,9 @@ from translution.conformance.exam.waivers import Waivers
 from translution.conformance.exam.worker import Desk, described
 from translution.conformance.laws import all_laws
 from translution.errors import UnknownName
+from translution.progress import Update, silently
 from translution.registry import Backend
 
-Progress = Callable[[str, int, int], None]
 JOBS = 2
 
 
@@ -49,14 +49,11 @@ def choose(name: str, known: Sequence[str], wanted: Sequence[str] | None) -> lis
     return [one for one in known if wanted is None or one in wanted]
 
 
-def items_of(
-    algorithms: Sequence[str], dtypes: Sequence[str], laws: Sequence[str] | None, among: dict[str, Law]
-) -> list[Item]:
+def items_of(laws: Sequence[Law], algorithms: Sequence[str], dtypes: Sequence[str]) -> list[Item]:
     """All items of an exam, law by law."""
-    chosen = [among[one] for one in choose("law", list(among), laws)]
     return [
         Item(law, algorithm, dtype)
-        for law in chosen
+        for law in laws
         for algorithm in algorithms
         for dtype in dtypes
         if law.applies_to(dtype)
@@ -66,7 +63,7 @@ def items_of(
 class _Exam:
     """Items that are still open, and the results so far."""
 
-    def __init__(self, items: Sequence[Item], journal: Journal | None, progress: Progress) -> None:
+    def __init__(self, items: Sequence[Item], journal: Journal | None, progress: Update) -> None:
         self.results = {} if journal is None else dict(journal.results)
         self._journal, self._progress, self._total = journal, progress, len(items)
         # All algorithms of a law and dtype go to one worker, which remembers what it knows of their questions.
@@ -150,7 +147,7 @@ def run(
     jobs: int = JOBS,
     journal: str | Path | None = None,
     resume: bool = False,
-    progress: Progress = silently,
+    progress: Update = silently,
 ) -> Report:
     """Examine a backend.
 
@@ -182,7 +179,7 @@ def run(
         explore, None if database is None else str(database),
     )  # fmt: skip
     among, given = all_laws(), setting.read_waivers()
-    choose("law", list(among), laws)
+    chosen = [among[one] for one in choose("law", list(among), laws)]
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         examiner, desk = None, None
@@ -195,17 +192,12 @@ def run(
         if about["unavailable"]:
             raise CannotExamine(f"{about['name']} does not run here: {'; '.join(about['unavailable'])}")
         claimed = [dtype for dtype in EXAMINED if dtype in about["dtypes"]]
-        items = items_of(
-            choose("algorithm", about["algorithms"], algorithms), choose("dtype", claimed, dtypes), laws, among
-        )
+        items = items_of(chosen, choose("algorithm", about["algorithms"], algorithms), choose("dtype", claimed, dtypes))
         heading = {
             "backend": str(about["name"]), "level": level, "edition": edition, "explore": explore,
             "waivers": setting.waivers, "device": device, "versions": about["versions"],
         }  # fmt: skip
-        book = None
-        if journal is not None:
-            book = Journal(Path(journal), heading, resume=resume)
-            stack.callback(book.close)
+        book = None if journal is None else Journal(Path(journal), heading, resume=resume)
         exam = _Exam(items, book, progress)
         notes: list[str] = []
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from translution.conformance.comparison import ComparisonError, share
 from translution.conformance.exam.question import Answer, Array, FloatArray, Question, digest
+from translution.conformance.exam.remembered import Remembered
 from translution.execution import run, vjp
 
 Found = TypeVar("Found")
@@ -16,20 +16,14 @@ Found = TypeVar("Found")
 STEP = 1e-40
 # A float32 bound is about 2^28 times as wide as one for float64; between the two there is room for what a bound caps.
 AGREEMENT = 2.0**-16
-_KEPT = 2048
-_answers: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_ANSWERS = Remembered(2048)
 
 
 def _once(
     kind: str, question: Question, compute: Callable[[], Found], more: Mapping[str, Array] | None = None
 ) -> Found:
-    key = (kind, question.operator, digest(question.arrays | {f"d{n}": a for n, a in (more or {}).items()}))
-    if key not in _answers:
-        _answers[key] = compute()
-        if len(_answers) > _KEPT:
-            _answers.popitem(last=False)
-    found: Found = _answers[key]
-    return found
+    arrays = question.arrays | {f"d{name}": array for name, array in (more or {}).items()}
+    return _ANSWERS.once((kind, question.operator, digest(arrays)), compute)
 
 
 def defined(question: Question) -> Answer:

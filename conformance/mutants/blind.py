@@ -14,14 +14,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from translution.conformance.exam.journal import JsonLines
 from translution.conformance.mutants.blind_points import Mutation
 from translution.conformance.mutants.blind_survivors import Survivor, explanation, read_survivors
+from translution.progress import Update, silently
 
+MUTATION = tuple(field.name for field in fields(Mutation))
 BACKENDS = ("reference", "numpy", "torch")
 FIRST_DTYPES, LATER_DTYPES = ("float64", "float32"), ("bfloat16", "float16")
 # Threads of a library do not survive a fork.
@@ -108,28 +111,22 @@ class BlindRun:
         }
 
 
-class Journal:
-    """Outcomes so far, one line of JSON each, under a line that says of what sources."""
+class Journal(JsonLines):
+    """Outcomes so far, under a line that says of what sources."""
 
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path, self.known = path, dict[Mutation, Found]()
-        if path.exists() and (lines := path.read_text(encoding="utf-8").splitlines()):
-            if json.loads(lines[0]) != head:
-                raise ValueError(f"{path} is about other sources, laws or levels: remove it to begin anew")
-            for line in lines[1:]:
-                if line.endswith("}"):  # the last line may have been cut off
-                    data = json.loads(line)
-                    own = {name: data.pop(name) for name in ("module", "function", "text", "change", "ordinal")}
-                    mutation = Mutation(**own)
-                    self.known[mutation] = Found(mutation, **data)
-        else:
-            path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+    other = "other sources, laws or levels"
+
+    def __init__(self, path: Path, heading: dict[str, Any]) -> None:
+        super().__init__(path, heading, resume=True)
+        self.known = dict[Mutation, Found]()
+        for record in self.records:
+            data = dict(record)
+            mutation = Mutation(**{name: data.pop(name) for name in MUTATION})
+            self.known[mutation] = Found(mutation, **data)
 
     def add(self, found: Found) -> None:
         """Keep an outcome."""
-        kept = asdict(found.mutation) | {"how": found.how, "law": found.law, "seconds": found.seconds}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(kept) + "\n")
+        self.write(asdict(found.mutation) | {"how": found.how, "law": found.law, "seconds": found.seconds})
 
 
 def sampled(mutations: Sequence[Mutation], count: int | None) -> list[Mutation]:
@@ -142,9 +139,8 @@ def sampled(mutations: Sequence[Mutation], count: int | None) -> list[Mutation]:
 
 def survived(path: Path) -> set[Mutation]:
     """The survivors of an earlier run, from its JSON."""
-    names = [f.name for f in fields(Mutation)]
     every = json.loads(path.read_text(encoding="utf-8"))["mutations"]
-    return {Mutation(**{name: data[name] for name in names}) for data in every if not data["how"]}
+    return {Mutation(**{name: data[name] for name in MUTATION}) for data in every if not data["how"]}
 
 
 def blind_run(
@@ -155,7 +151,7 @@ def blind_run(
     level: str = "quick",
     only: Sequence[str] | None = None,
     again: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Update = silently,
 ) -> BlindRun:
     """Run the mutations of a backend; ``only`` names the laws, all where None; ``again`` is the JSON of an earlier
     run, of which only the survivors are run.
@@ -163,13 +159,13 @@ def blind_run(
     Raises:
         ValueError: the journal is about something else, or the unchanged backend breaks every law.
     """
-    from translution.conformance.exam.law import keep_budgets
+    from translution.conformance.exam.law import BUDGETS
     from translution.conformance.laws import all_laws
     from translution.conformance.mutants.blind_package import Package
     from translution.conformance.mutants.blind_run import Item, Order, run_mutations, sit
     from translution.registry import get_backend
 
-    began, tell = time.perf_counter(), progress or _tell_nobody
+    began, tell = time.perf_counter(), progress
     if "torch" in sys.modules or backend == "torch":
         import torch
 
@@ -193,7 +189,7 @@ def blind_run(
     known = {} if kept is None else kept.known
     survivors = read_survivors()
     # Shared with all forks.
-    keep_budgets(1 << 16)
+    BUDGETS.kept = 1 << 16
     exam = sit(package, laws, items, lambda done: tell(f"{backend} unchanged", done, len(items)))
     if not exam.passed:
         raise ValueError(f"{backend} as it is passes no law: {next(iter(exam.broken.values()), '')}")
@@ -215,10 +211,6 @@ def blind_run(
     stale = _stale(survivors, package.name, numbers, found)
     broken = tuple(f"{item}: {why.strip().splitlines()[-1]}" for item, why in exam.broken.items())
     return BlindRun(backend, len(numbers), tuple(found), stale, broken, time.perf_counter() - began)
-
-
-def _tell_nobody(*told: object) -> None:
-    """For callers that want no progress."""
 
 
 def _stale(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from translution.conformance.mutants.mutant import Mutant
 from translution.conformance.mutants.naive import Naive
 from translution.conformance.mutants.orders import orders
 from translution.conformance.mutants.processes import in_processes
+from translution.progress import Update
 from translution.registry import Backend
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LIMIT = 20.0
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +204,7 @@ def _work(task: _Task) -> tuple[_Task, Sought | list[Sat]]:
     return task, search(catalogue()[task.name], laws)
 
 
-def selftest(jobs: int = 2, progress: Progress | None = None) -> SelfTest:
+def selftest(jobs: int = 2, progress: Update | None = None) -> SelfTest:
     """All mutants, all laws and all correct backends; ``jobs`` processes."""
     began, laws = time.perf_counter(), all_laws()
     mutants = [_Task(name) for name in catalogue()]
