@@ -101,7 +101,12 @@ def _circular(draws: Draws) -> Layout:
 
 
 def _clip(draws: Draws) -> Layout:
+    """Far displacements share a class; where windows with a stride of 2 do, that of their neighbours overlap."""
     kernel = 3 if draws.some(0.2) else None
+    if draws.some(0.2):
+        grid = _grid(draws, draws.pick((1, 2)))
+        keys = tuple(2 * extent + 1 for extent in grid)
+        return Lattice(grid, key_grid=keys, kernel_size=3, stride=2, padding=draws.pick((0, 1)), far=Clip(0))
     return Lattice(
         _grid(draws),
         far=Clip(draws.pick((0, 1, 2))),

@@ -119,8 +119,10 @@ def _rotated(draws: Draws, encoder: Encoder, features: int, inputs: int, heads: 
     part = 2 * layout.rank * heads
     if features == part or draws.some():
         return Rotary(encoder, base, pairing)
-    rotated = _encoder(draws, draws.pick(("shared", "displacement", "sum")), part, inputs, heads)
-    return Concat((Rotary(rotated, base, pairing), Shared(features - part)))
+    kinds = ("shared", "displacement", "sum")
+    rotated = _encoder(draws, draws.pick(kinds), part, inputs, heads)
+    rest = _encoder(draws, draws.pick(kinds), features - part, inputs, heads)
+    return Concat((Rotary(rotated, base, pairing), rest))
 
 
 def is_plain_window(layout: Layout) -> bool:

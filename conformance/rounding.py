@@ -203,9 +203,12 @@ class Arithmetic:
         return self.stored(Bounded(weight, magnitude, np.where(live, error, 0)))
 
 
+_SMALL = 2**17
+
+
 def _einsum(subscripts: str, a: FloatArray, b: FloatArray) -> FloatArray:
-    # optimize=True sends contractions through BLAS.
-    result: FloatArray = np.einsum(subscripts, a, b, optimize=True)
+    # Planning a contraction, and sending it through BLAS, takes longer than a small one itself.
+    result: FloatArray = np.einsum(subscripts, a, b, optimize=a.size * b.shape[-1] > _SMALL)
     return result
 
 

@@ -93,10 +93,11 @@ class Operator:
         )
         self._check_encoders()
         self._check_relevance()
+        count = self.num_parameters
         require(
-            self.num_parameters <= MAX_PARAMETERS,
+            count <= MAX_PARAMETERS,
             "P1",
-            f"{self.num_parameters:,} parameters ({self.num_parameters * 4 / 2**40:.1f} TiB in float32)",
+            f"{count:,} parameters ({count * 4 / 2**40:.1f} TiB in float32)",
             f"an operator has at most {MAX_PARAMETERS:,} parameters",
             "Use a window (kernel_size), far=Clip(...), or LowRank encoders",
         )
@@ -211,10 +212,12 @@ class Operator:
         return Context(self.value.features_for(self.key_context), 1, 1)
 
     def _roles(self) -> Iterator[tuple[str, Encoder | LowRankOutput | None, Context]]:
-        yield "query", self.query, self.query_context
-        yield "key", self.key, self.key_context
-        yield "value", self.value, self.key_context
-        yield "output", self.output, self.output_context
+        # The layout's classes are counted once: every operator that is built asks for its parameters.
+        keys = self.key_context
+        yield "query", self.query, Context(self.dim, keys.num_classes, self.num_heads)
+        yield "key", self.key, keys
+        yield "value", self.value, keys
+        yield "output", self.output, Context(self.value.features_for(keys), 1, 1)
 
     @property
     def head_dim(self) -> int:

@@ -2,6 +2,8 @@
 
 import datetime as dt
 import json
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,37 @@ def test_a_report_without_a_pass_or_cut_short_does_not_hold() -> None:
     assert not Report("b", "e", QUICK, 3, (passed, nothing)).holds
 
 
+def test_who_refuses_everything_does_not_hold() -> None:
+    refuses, computes = Result("CLAIMS", "x", "float64", Verdict.PASS, 16), Result("A", "x", "float64", Verdict.PASS, 3)
+    nothing = Result("B", "x", "float64", Verdict.NOT_CLAIMED)
+    assert not Report("b", "e", QUICK, 2, (refuses, nothing)).holds
+    assert Report("b", "e", QUICK, 3, (refuses, nothing, computes)).holds
+    assert Report("b", "e", QUICK, 1, (refuses,)).holds  # nothing else was asked
+
+
+class _Refuses(Naive):
+    def not_supported(self, request: object, algorithm: str) -> list[str]:
+        return ["never"]
+
+
+def test_a_backend_that_refuses_everything_fails_the_exam() -> None:
+    report = run(_Refuses(), laws=["CLAIMS", "ORACLE", "EMPTY"], dtypes=["float64"], algorithms=["pairwise"])
+    assert report.counts == {**dict.fromkeys(Verdict, 0), Verdict.PASS: 1, Verdict.NOT_CLAIMED: 2}
+    assert not report.holds
+
+
+def test_determinism_is_claimed_for_every_device_or_for_some() -> None:
+    assert Claims().is_deterministic("cuda")
+    assert not Claims(deterministic=False).is_deterministic("cpu")
+    some = Claims(deterministic=("cpu",))
+    assert some.is_deterministic("cpu")
+    assert not some.is_deterministic("cuda")
+    backend = Naive()
+    backend.claims = some
+    assert LiveSubject(backend, "pairwise", "float64").deterministic
+    assert not LiveSubject(backend, "pairwise", "float64", "cuda:0").deterministic
+
+
 # The same exam for everybody
 
 
@@ -233,6 +266,12 @@ def test_a_backend_without_gradients_says_so() -> None:
         LiveSubject(Honest(), "pairwise", "float32").vjp(question)
     with pytest.raises(BackendFailure, match=r"(?s)gradients are claimed .* no gradients yet"):
         LiveSubject(Forward(), "pairwise", "float32").vjp(question)
+
+
+def test_laws_come_in_the_same_order_whatever_was_imported_before() -> None:
+    code = "from translution.conformance import laws; import translution.conformance.laws.{}; print([*laws.all_laws()])"
+    found = [subprocess.check_output([sys.executable, "-c", code.format(first)]) for first in ("oracle", "conduct")]
+    assert found[0] == found[1]
 
 
 def test_the_edition_asks_what_is_written_down() -> None:

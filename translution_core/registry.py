@@ -34,13 +34,17 @@ class Claims:
     """What a backend says of its numbers, as its attribute ``claims``; without it these defaults are claimed.
 
     ``gradient_order``: 0, no gradients; 1, ``vjp``; 2, a second derivative by torch's autograd too.
-    ``deterministic``: the same call gives the same bits. ``arithmetic``: dtypes that are not computed in themselves,
-    ``{"float32": "tf32"}``.
+    ``deterministic``: the same call gives the same bits, on every device or on those that it names, ``("cpu",)``.
+    ``arithmetic``: dtypes that are not computed in themselves, ``{"float32": "tf32"}``.
     """
 
     gradient_order: int = 1
-    deterministic: bool = True
+    deterministic: bool | tuple[str, ...] = True
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+
+    def is_deterministic(self, device: str) -> bool:
+        """Whether the same call gives the same bits on that device."""
+        return self.deterministic if isinstance(self.deterministic, bool) else device in self.deterministic
 
 
 def claims_of(backend: "Backend") -> Claims:

@@ -29,7 +29,8 @@ class TorchBackend:
     kind: Kind = "torch"
     algorithms: tuple[str, ...] = ("conv", "sdpa", "stream", "pairwise")
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
-    claims: Claims = Claims(gradient_order=2)
+    # On CUDA index_add_ adds in an order of its own.
+    claims: Claims = Claims(gradient_order=2, deterministic=("cpu",))
 
     def unavailable(self) -> list[str]:
         """Reasons why nothing runs on this machine: none, torch is imported."""

@@ -209,7 +209,7 @@ class Links:
         """Queries by the power of two above their number of links: padding at most doubles the links."""
         query = self.query_index.cpu().numpy()
         order = np.argsort(query, kind="stable")
-        degree = np.bincount(query, minlength=self.geometry.num_queries)
+        degree = np.bincount(query)
         first = np.cumsum(degree) - degree
         power = np.ceil(np.log2(np.maximum(degree, 1))).astype(np.int64)
         found = []

@@ -113,6 +113,10 @@ class Trial:
         """The dtype of the answers."""
         return self.subject.dtype
 
+    def require_claim(self, question: Question) -> None:
+        """Before a long preparation: go on only with what the subject may claim."""
+        self.subject.require_claim(question)
+
     def run(self, question: Question) -> Answer:
         """Ask for the result."""
         self.asked.append(question)

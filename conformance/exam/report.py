@@ -25,6 +25,10 @@ class Verdict(StrEnum):
 HOLDS = frozenset({Verdict.PASS, Verdict.NOT_CLAIMED, Verdict.WAIVED})
 
 
+# The law that passes where everything is refused.
+REFUSALS = "CLAIMS"
+
+
 @dataclass(frozen=True, slots=True)
 class Counterexample:
     """The case that broke a law.
@@ -121,13 +125,15 @@ class Report:
         return {verdict: found[verdict] for verdict in Verdict}
 
     @property
+    def answered(self) -> bool:
+        """Whether a law passed for which something had to be computed: who refuses everything still refuses well."""
+        passed = {result.law for result in self.results if result.verdict is Verdict.PASS}
+        return bool(passed - {REFUSALS} if {result.law for result in self.results} != {REFUSALS} else passed)
+
+    @property
     def holds(self) -> bool:
-        """Complete, every verdict in order, and something passed."""
-        return (
-            self.complete
-            and all(result.verdict in HOLDS for result in self.results)
-            and any(result.verdict is Verdict.PASS for result in self.results)
-        )
+        """Complete, every verdict in order, and something :attr:`answered`."""
+        return self.complete and self.answered and all(result.verdict in HOLDS for result in self.results)
 
     def broken(self) -> list[Result]:
         """The results that make the exam fail."""

@@ -66,14 +66,15 @@ class _Exam:
     def __init__(self, items: Sequence[Item], journal: Journal | None, progress: Update) -> None:
         self.results = {} if journal is None else dict(journal.results)
         self._journal, self._progress, self._total = journal, progress, len(items)
-        # All algorithms of a law and dtype go to one worker, which remembers what it knows of their questions.
+        # All algorithms of a law and dtype go to one worker, which remembers what it knows of their questions. What a
+        # live law needs beyond them may be slow to import.
         self._open: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.stopped = threading.Event()
         groups: dict[tuple[str, str], list[Item]] = {}
         for item in items:
             if item.key not in self.results:
-                groups.setdefault((item.law.id, item.dtype), []).append(item)
+                groups.setdefault((item.law.id, "" if item.law.live else item.dtype), []).append(item)
         for group in groups.values():
             self._open.put(group)
 

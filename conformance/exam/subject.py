@@ -37,6 +37,11 @@ class Subject(ABC):
         """Key of :data:`translution.conformance.rounding.ARITHMETIC`."""
         return self.dtype
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same question always gets the same bits."""
+        return True
+
     @abstractmethod
     def run(self, question: Question) -> Answer:
         """The result, and the weights where asked for.
@@ -50,6 +55,9 @@ class Subject(ABC):
     def vjp(self, question: Question) -> Answer:
         """The result and all gradients of <cotangent, out>; raises as :meth:`run`."""
 
+    def require_claim(self, question: Question) -> None:  # noqa: B027 - others learn it when they are asked
+        """Raise :class:`NotClaimed` where that is known beforehand."""
+
 
 class LiveSubject(Subject):
     """A backend with one of its algorithms in one dtype. Every call gets fresh arrays."""
@@ -62,6 +70,11 @@ class LiveSubject(Subject):
     def arithmetic(self) -> str:
         """What the backend declares for this dtype, tf32 for instance; else the dtype's own."""
         return self.claims.arithmetic.get(self.dtype, self.dtype)
+
+    @property
+    def deterministic(self) -> bool:
+        """What the backend claims for its device."""
+        return self.claims.is_deterministic(self.device.partition(":")[0])
 
     def native(self, value: Any) -> Any:
         """A fresh array of the backend's kind; numbers in the subject's dtype, bools as they are."""
@@ -101,10 +114,14 @@ class LiveSubject(Subject):
         except Exception as error:
             raise BackendFailure(f"not_supported raised {type(error).__name__}: {error}") from error
 
-    def run(self, question: Question) -> Answer:
+    def require_claim(self, question: Question) -> None:
         """As :class:`Subject` says."""
         if reasons := self.reasons(question):
             raise NotClaimed(reasons)
+
+    def run(self, question: Question) -> Answer:
+        """As :class:`Subject` says."""
+        self.require_claim(question)
         try:
             found = run(**self.arguments(question), return_weights=question.return_weights)
         except Exception as error:

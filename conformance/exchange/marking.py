@@ -37,7 +37,6 @@ from translution.conformance.exchange.writing import paper_laws
 from translution.conformance.laws import all_laws
 from translution.conformance.rounding import ARITHMETIC
 from translution.errors import UnknownName
-from translution.registry import Claims
 
 ALGORITHM = "written"
 TOO_FEW = "only "
@@ -127,8 +126,13 @@ class WrittenSubject(Subject):
     def __init__(self, paper: Paper, folder: Path, manifest: Manifest, law: str, dtype: str) -> None:
         self._paper, self._folder, self._law, self.dtype = paper, folder, law, dtype
         self._arithmetic = manifest.arithmetic.get(dtype, dtype)
-        self.claims = Claims(deterministic=manifest.deterministic, arithmetic=manifest.arithmetic)
+        self._deterministic = manifest.deterministic
         self._number, self.asked = 0, list[str]()
+
+    @property
+    def deterministic(self) -> bool:
+        """What the manifest says."""
+        return self._deterministic
 
     @property
     def arithmetic(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Array, Question, rounded
+from translution.conformance.laws.definition import defined_gradients
 from translution.conformance.laws.sight import (
     BATCHES,
     BoolArray,
@@ -18,6 +19,7 @@ from translution.conformance.laws.sight import (
     gradients,
     key_side,
     keys_of,
+    link_counts,
     seen,
     some,
     unchanged,
@@ -26,6 +28,7 @@ from translution.conformance.operator_draws import draw_operator, is_convolution
 from translution.conformance.strategies import draw_question
 from translution.normal_form import normal_form
 from translution.spec import (
+    BiasTable,
     Encoder,
     Identity,
     Lattice,
@@ -40,6 +43,13 @@ from translution.spec import (
     Softmax,
 )
 from translution.spec.relevance import branches
+
+# Windows that leave keys out: as many as there are queries are seen, or fewer; of the last, one query sees nothing.
+_UNLINKED = (
+    Lattice((2, 3), key_grid=(4, 5), kernel_size=1, stride=2),
+    Lattice((2,), key_grid=(7,), kernel_size=2, stride=4, padding=0),
+    Lattice((3,), key_grid=(4,), kernel_size=1, offset=2),
+)
 
 
 def _with_absent_keys(draws: Draws, question: Question) -> Question:
@@ -58,10 +68,16 @@ def _with_absent_keys(draws: Draws, question: Question) -> Question:
 def _absent(draws: Draws, dtype: str, cotangent: bool) -> tuple[Question, Question, dict[str, BoolArray]]:
     """A question, the same with NaN, infinities and huge numbers in every token that nothing sees, and where they are.
 
-    Tokens that are queries and keys at once are absent where neither side is live.
+    Tokens that are queries and keys at once are absent where neither side is live. In one case of four no mask is
+    needed, since the layout leaves tokens without a link.
     """
-    question = draw_question(draws, dtype, batch=draws.pick(BATCHES), cotangent=cotangent)
-    if not is_convolution(question.operator):
+    layout = draws.walk((None, draws.pick(_UNLINKED), None, None))
+    operator = draw_operator(draws, layout=layout)
+    masked = None if layout is None else False
+    question = draw_question(
+        draws, dtype, operator=operator, masked=masked, batch=draws.pick(BATCHES), cotangent=cotangent
+    )
+    if layout is None and not is_convolution(operator):
         question = _with_absent_keys(draws, question)
     sight = seen(question)
     keys, queries = ~some(sight[..., :-1], (1, 2)), ~some(sight, (1, 3))
@@ -140,7 +156,7 @@ def _by_heads(draws: Draws, dtype: str) -> Question:
 )
 def absent_pair(trial: Trial) -> None:
     """NaN in a key that is masked for some heads and rows only reaches exactly the heads of rows that see it, and
-    leaves every bit of the others.
+    leaves every bit of the others. Masked pairs have weight 0 in these rows too.
     """
     question = _by_heads(trial.draws, trial.dtype)
     operator, generator = question.operator, trial.draws.generator()
@@ -151,10 +167,16 @@ def absent_pair(trial: Trial) -> None:
     clean, broken = keys_of(question).copy(), keys_of(question).copy()
     clean[item, key], broken[item, key] = 0.0, np.nan
     question = question.but(mask=added if softmax and trial.draws.some() else live, **{key_side(question): clean})
+    question = question.but(return_weights=trial.draws.walk((False, True)))
+    visible = seen(question)
     sight = np.zeros((2, operator.layout.num_queries, 2), bool)
-    sight[item] = seen(question)[item, :, :, key].T
+    sight[item] = visible[item, :, :, key].T
     want = trial.run(question).out
-    got = trial.run(question.but(**{key_side(question): broken})).out
+    answer = trial.run(question.but(**{key_side(question): broken}))
+    got = answer.out
+    if answer.weights is not None:
+        masked = answer.weights[~visible[..., :-1]]
+        trial.same("weights of masked pairs, in rows with NaN too", masked, np.zeros_like(masked))
     features = np.repeat(sight, operator.value_head_dim, axis=-1)
     wrong = np.argwhere(np.isnan(got) != features)
     place = tuple(int(n) for n in wrong[0]) if len(wrong) else ()
@@ -164,6 +186,37 @@ def absent_pair(trial: Trial) -> None:
         f"feature) {place}",
     )
     unchanged(trial, "heads that do not see the key", question, got[~features], want[~features], ~features)
+
+
+@law("ABSENT-PAIR-GRADIENT", clauses=("M4",), kills=("absent-gradient-nan", "mask-ignored-backward"))
+def absent_pair_gradient(trial: Trial) -> None:
+    """NaN in a key that all heads of some queries mask reaches, of the gradients, only what the pairs with the others
+    reach: of tables the rows of their classes.
+    """
+    draws, relative = trial.draws, PerDisplacement(4)
+    layout = draws.walk((Lattice((5,)), Lattice((2, 3)), Lattice((3, 3), kernel_size=3), Lattice((4,), causal=True)))
+    softmax = {"query": relative, "key": relative, "relevance": Softmax(bias=BiasTable())}
+    more: dict[str, Any] = draws.walk(({"relevance": Ones()}, softmax, {"relevance": Mean()}))
+    operator = Operator(layout, 3, 2, draws.walk((relative, LowRank(4), relative, Shared(4))), **more)
+    question = draw_question(draws, trial.dtype, operator=operator, masked=False, batch=(2,), cotangent=True)
+    question = apart(question)
+    key = draws.integer(0, layout.num_keys - 1)
+    rows = np.argwhere(link_counts(layout)[:, key] > 0)[:, 0]
+    live = np.ones((layout.num_queries, layout.num_keys), bool)
+    live[rows, key] = draws.generator().permutation(len(rows)) == 0
+    tokens = keys_of(question).copy()
+    tokens[0, key] = np.nan
+    question = question.but(mask=live, **{key_side(question): tokens})
+    got, want, exact = trial.vjp(question), defined_gradients(question), trial.budget(question)
+    for name, gradient in got.gradients.items():
+        reached = np.isnan(want.gradients[name])
+        trial.same(f"what NaN reaches in the gradient of {name}", np.isnan(gradient), reached)
+        trial.within(
+            f"gradient of {name} elsewhere",
+            gradient[~reached],
+            exact.gradient_values[name][~reached],
+            exact.gradients[name][~reached],
+        )
 
 
 @law("NAN", clauses=("M4",), kills=("nan-to-num", "live-nan-spreads"))

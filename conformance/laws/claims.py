@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from translution.conformance.laws.sight import gradients
 from translution.conformance.strategies import draw_question
 from translution.errors import NotSupported
 from translution.registry import BACKENDS, Backend
-from translution.spec import operator_from_json, operator_to_json
 
 
 def _refusal(subject: LiveSubject, question: Question, *, gradient: bool = False) -> list[str] | None:
@@ -48,7 +48,7 @@ def _check_names(trial: Trial, subject: LiveSubject) -> None:
 def _reasons(trial: Trial, subject: LiveSubject, request: Request) -> list[str]:
     """What ``not_supported`` says, after asking twice, and once for an equal request that was built anew."""
     shown = repr(request)
-    rebuilt = replace(request, operator=operator_from_json(operator_to_json(request.operator)))
+    rebuilt = replace(request, operator=copy.deepcopy(request.operator))
     answers = []
     for asked in (request, request, rebuilt):
         try:
@@ -75,7 +75,7 @@ def _reasons(trial: Trial, subject: LiveSubject, request: Request) -> list[str]:
 def claims(trial: Trial) -> None:
     """What a backend does not refuse runs; what it refuses raises NotSupported with its reasons before anything is
     computed. It gives the same answer to equal requests, and refuses dtypes, algorithms and gradients that it does not
-    claim.
+    claim, and gradients of complex numbers; a NumPy backend refuses tensors that record a gradient.
     """
     draws, subject = trial.draws, trial.live()
     question = draw_question(draws, trial.dtype, cotangent=True, return_weights=draws.walk((False, True, False)))
@@ -95,6 +95,14 @@ def claims(trial: Trial) -> None:
     for other in sorted(set(ALGORITHMS) - set(subject.backend.algorithms)):
         stranger = LiveSubject(subject.backend, other, subject.dtype, subject.device)
         trial.require(bool(_refusal(stranger, question)), f"has no algorithm {other}, but does not refuse it")
+    own, alike = subject.backend, subject.request(question)
+    if own.kind == "numpy":
+        told = _reasons(trial, subject, replace(alike, gradient=True))
+        trial.require(bool(told), "NumPy arrays record no gradient, but tensors that need one are not refused")
+    if "complex128" in own.dtypes:
+        stranger = LiveSubject(own, subject.algorithm, "complex128", subject.device)
+        told = _refusal(stranger, question.but(return_weights=False, mask=None), gradient=True)
+        trial.require(told is not None, "there is no real gradient of complex numbers, but vjp answers in complex128")
     held = FLOATS if subject.backend.kind == "torch" else FLOATS[:3]
     for other in sorted(set(held) - set(subject.backend.dtypes)):
         stranger = LiveSubject(subject.backend, subject.algorithm, other, subject.device)

@@ -86,13 +86,16 @@ class Found:
 
 def ask(trial: Trial, question: Question) -> Found:
     """The subject's result, and what is known of it."""
+    # What is not claimed need not be bounded.
+    out = trial.run(question).out
     exact = trial.budget(question)
-    return Found(trial.run(question).out, exact.value, exact.out)
+    return Found(out, exact.value, exact.out)
 
 
 def ask_gradients(trial: Trial, question: Question) -> dict[str, Found]:
     """The subject's gradients by name, and what is known of them."""
-    exact, given = trial.budget(question), trial.vjp(question).gradients
+    given = trial.vjp(question).gradients
+    exact = trial.budget(question)
     return {name: Found(given[name], exact.gradient_values[name], exact.gradients[name]) for name in given}
 
 

@@ -80,6 +80,7 @@ def _draw(trial: Trial, *, cotangent: bool) -> Question:
     draws, largest = trial.draws, LARGEST[trial.subject.arithmetic]
     kinds = spread(draws, LAYOUT_KINDS)
     drawn = draw_question(draws, trial.dtype, layouts=kinds, relevances=(Ones(),), cotangent=cotangent)
+    trial.require_claim(drawn)
     question = _small(draws.generator(), drawn, "float16" if largest < 2.0**24 else trial.dtype)
     # A factor 1/2 costs one binary digit.
     room = largest * min(abs(question.operator.output_scale), 1.0) ** 2

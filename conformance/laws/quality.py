@@ -12,14 +12,13 @@ from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import FloatArray, Question, rounded
 from translution.conformance.exam.subject import LiveSubject, NotClaimed, Subject
-from translution.conformance.laws.definition import defined, defined_gradients
 from translution.conformance.strategies import draw_params, draw_question, draw_values
 from translution.spec import BiasTable, Identity, Lattice, Mixture, Operator, Shared, Softmax
 
 LEAST = 35
-# What half precision leaves to chance is the same for everyone; in float32 the order of a sum, or another exp, may
-# double an error, while what this law looks for makes it thousands of times as large.
-RATIO = {"float32": 3.0, "float16": 1.3, "bfloat16": 1.3}
+# What half precision leaves to chance is the same for everyone; in float32 another exp or another order of a sum shows:
+# torch's own attention kernel stands at 1.4 to 1.5 there.
+RATIO = {"float32": 2.0, "float16": 1.3, "bfloat16": 1.3}
 # float64 is left out: its exact value would have to be known to more than float64. There a bound says enough (D3).
 DTYPES = ("float32", "float16", "bfloat16")
 GROUPS = ("few keys", "flat", "steep")
@@ -130,13 +129,12 @@ _QUALITY_KILLS = (
 )
 def quality(trial: Trial) -> Used:
     """Over many cases, results are about as exact as those of a plain computation in the same dtype: the root mean
-    square of error / bound is at most 1.3 times as large (3 times in float32).
+    square of error / bound is at most 1.3 times as large (twice in float32).
     """
     group, question = _question(trial.draws, trial.dtype, cotangent=False)
-    got, usual, want = trial.run(question), plain(trial.subject).run(question), defined(question)
-    bound = trial.budget(question).out
-    subject, count = squares(got.out, want.out, bound)
-    return Used(group, subject, squares(usual.out, want.out, bound)[0], count)
+    got, usual, exact = trial.run(question), plain(trial.subject).run(question), trial.budget(question)
+    subject, count = squares(got.out, exact.value, exact.out)
+    return Used(group, subject, squares(usual.out, exact.value, exact.out)[0], count)
 
 
 _QUALITY_GRADIENT_KILLS = (
@@ -157,13 +155,14 @@ _QUALITY_GRADIENT_KILLS = (
 )
 def quality_gradient(trial: Trial) -> Used:
     """Over many cases, gradients are about as exact as those of a plain computation in the same dtype: the root mean
-    square of error / bound is at most 1.3 times as large (3 times in float32).
+    square of error / bound is at most 1.3 times as large (twice in float32).
     """
     group, question = _question(trial.draws, trial.dtype, cotangent=True)
-    got, usual, want = trial.vjp(question), plain(trial.subject).vjp(question), defined_gradients(question)
-    bounds = trial.budget(question).gradients
-    names = list(want.gradients)
-    pairs = [squares(got.gradients[name], want.gradients[name], bounds[name]) for name in names]
-    others = [squares(usual.gradients[name], want.gradients[name], bounds[name]) for name in names]
+    got, usual, exact = trial.vjp(question), plain(trial.subject).vjp(question), trial.budget(question)
+    want, bounds = exact.gradient_values, exact.gradients
+    pairs, others = (
+        [squares(answer.gradients[name], want[name], bounds[name]) for name in answer.gradients]
+        for answer in (got, usual)
+    )
     subject, normal = (math.fsum(value for value, _ in found) for found in (pairs, others))
     return Used(group, subject, normal, sum(count for _, count in pairs))

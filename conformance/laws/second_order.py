@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from translution.conformance.comparison import as_numpy
+from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Question
 from translution.conformance.exam.subject import BackendFailure, NotClaimed
-from translution.conformance.laws.sight import links_of
+from translution.conformance.laws.sight import NO_LINKS, links_of
 from translution.conformance.strategies import draw_question
 from translution.execution import run
 from translution.spec import BiasTable, Lattice, Mixture, Ones, Operator, PerDisplacement, Shared, Softmax
@@ -21,9 +22,19 @@ _LAYOUTS = (
     Lattice((3,), kernel_size=2, boundary="circular"),
     Lattice((3,), kernel_size=4, padding=1, boundary="circular"),
 )
+_ATTENTION = (Lattice((2, 2)), Lattice((2,), causal=True))
+_KINDS = ("relative", "attention", "convolution", "relative", "attention", "mixture", "attention", "values")
 _SCALE = 0.5
-_RELATIVE = PerDisplacement(2)
-_PLAIN = Shared(2)
+_RELATIVE = PerDisplacement(4)
+_PLAIN = Shared(4)
+
+
+def _masked(draws: Draws, question: Question) -> Question:
+    """One, two or four live keys for every head of every query, so that weights stay without a rounding."""
+    generator, keys = draws.generator(), question.operator.layout.num_keys
+    place = generator.random(question.weights_shape).argsort(-1)
+    live = place < 2 ** generator.integers(0, keys.bit_length(), question.weights_shape[:-1])[..., None]
+    return question.but(mask=live if draws.some() else np.where(live, 0.0, -np.inf))
 
 
 def _formula(question: Question, leaves: dict[str, Any]) -> Any:
@@ -33,7 +44,8 @@ def _formula(question: Question, leaves: dict[str, Any]) -> Any:
     operator = question.operator
     queries = operator.layout.num_queries
     links = [(i, link) for i, found in enumerate(links_of(operator.layout)) for link in found]
-    query, key = torch.tensor([i for i, _ in links]), torch.tensor([link.key for _, link in links])
+    query = torch.tensor([i for i, _ in links], dtype=torch.int64)
+    key = torch.tensor([link.key for _, link in links], dtype=torch.int64)
     rows = [link.value_row for _, link in links]
     x, y = leaves["x"][:, query], leaves["y" if "y" in leaves else "x"][:, key]
 
@@ -53,6 +65,9 @@ def _formula(question: Question, leaves: dict[str, Any]) -> Any:
         logits = _SCALE * (encoded("query", x) * encoded("key", y)).sum(-1)
         bias = next((value for name, value in leaves.items() if name.endswith("bias")), None)
         powers = (logits if bias is None else logits + bias[:, rows].T).exp()
+        if question.mask is not None:
+            live = question.mask if question.mask.dtype == np.bool_ else question.mask == 0
+            powers = powers * torch.from_numpy(live[:, :, query, key].swapaxes(1, 2).copy())
         softmax = powers / summed(powers)[:, query]
         gate = leaves["relevance.gate"].sigmoid() if "relevance.gate" in leaves else 0.0
         weights = (1 - gate) * softmax + gate * weights
@@ -77,8 +92,8 @@ def _second(out: Any, leaves: dict[str, Any], cotangent: Any, direction: dict[st
     clauses=("B1", "B2"),
     kills=("second-order-zero",),
     dtypes=("float64", "float32"),
-    quick=5,
-    full=20,
+    quick=8,
+    full=24,
     live=True,
 )
 def second_order(trial: Trial) -> None:
@@ -88,17 +103,25 @@ def second_order(trial: Trial) -> None:
     draws, live = trial.draws, trial.live()
     if live.backend.kind != "torch":
         raise NotClaimed(["NumPy arrays record no gradient to differentiate again"])
-    kind = draws.walk(("relative", "attention", "convolution", "mixture", "values"))
-    layout = draws.pick(_LAYOUTS) if kind != "convolution" else _LAYOUTS[1]
+    kind, masked = draws.walk(_KINDS), draws.walk((False, False, False, True, True, False, False, False))
+    layout = draws.pick(_LAYOUTS)
+    if kind == "values":
+        layout = draws.walk((layout, NO_LINKS, NO_LINKS))
+    elif kind == "convolution":
+        layout = _LAYOUTS[1]
+    elif masked:
+        layout = _LAYOUTS[0]
     softmax, output = Softmax(scale=_SCALE, bias=BiasTable()), Shared(2)
     operator = {
         "relative": Operator(layout, 2, 2, _RELATIVE, _RELATIVE, _RELATIVE, softmax, output),
-        "attention": Operator(_LAYOUTS[0], 2, 2, _PLAIN, _PLAIN, _PLAIN, Softmax(scale=_SCALE), output),
+        "attention": Operator(draws.walk(_ATTENTION), 2, 2, _PLAIN, _PLAIN, _PLAIN, Softmax(scale=_SCALE), output),
         "convolution": Operator(layout, 2, 2, _RELATIVE, relevance=Ones(), output=output),
         "mixture": Operator(layout, 2, 2, _PLAIN, _RELATIVE, _PLAIN, Mixture(softmax, Ones()), output),
         "values": Operator(layout, 2, 2, _RELATIVE, _PLAIN, _PLAIN, Softmax(scale=_SCALE), output),
     }[kind]
     question = draw_question(draws, trial.dtype, operator=operator, integers=True, masked=False, batch=(2,))
+    if masked:
+        question = _masked(draws, question)
     trial.asked.append(question)
     if reasons := live.reasons(question, gradient=True):
         raise NotClaimed(reasons)
@@ -117,7 +140,10 @@ def second_order(trial: Trial) -> None:
     leaves = {name: live.native(value).requires_grad_() for name, value in numbers.items()}
     params = {name: leaves[name] for name in question.params}
     try:
-        out = run(operator, params, leaves["x"], leaves.get("y"), backend=live.backend, algorithm=live.algorithm)
+        mask = None if question.mask is None else live.native(question.mask)
+        out = run(
+            operator, params, leaves["x"], leaves.get("y"), mask=mask, backend=live.backend, algorithm=live.algorithm
+        )
         found = _second(out, leaves, live.native(pull), {name: live.native(v) for name, v in direction.items()})
     except Exception as error:
         if live.claims.gradient_order < 2:

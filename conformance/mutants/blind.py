@@ -150,11 +150,12 @@ def blind_run(
     journal: Path | None = None,
     level: str = "quick",
     only: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
     again: Path | None = None,
     progress: Update = silently,
 ) -> BlindRun:
-    """Run the mutations of a backend; ``only`` names the laws, all where None; ``again`` is the JSON of an earlier
-    run, of which only the survivors are run.
+    """Run the mutations of a backend; ``only`` names the laws and ``dtypes`` the dtypes, all where None; ``again`` is
+    the JSON of an earlier run, of which only the survivors are run.
 
     Raises:
         ValueError: the journal is about something else, or the unchanged backend breaks every law.
@@ -175,12 +176,14 @@ def blind_run(
     numbers = package.mutations()
     left = set() if again is None else survived(again)
     chosen = sampled([m for m in numbers if again is None or m in left], sample)
-    head = {"backend": backend, "sources": package.fingerprint, "level": level, "laws": sorted(laws)}
+    asked = [d for d in (*FIRST_DTYPES, *LATER_DTYPES) if d in clean.dtypes and (dtypes is None or d in dtypes)]
+    head = {
+        "backend": backend, "sources": package.fingerprint, "level": level, "laws": sorted(laws), "dtypes": asked,
+    }  # fmt: skip
     kept = None if journal is None else Journal(journal, head)
     items = [
         Item(law.id, algorithm, dtype, level)
-        for dtype in (*FIRST_DTYPES, *LATER_DTYPES)
-        if dtype in clean.dtypes
+        for dtype in asked
         for law in laws.values()
         if law.applies_to(dtype)
         for algorithm in clean.algorithms
@@ -274,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="processes at a time; 2 if not given")
     parser.add_argument("--level", choices=("quick", "full"), default="quick", help="of the exam; quick if not given")
     parser.add_argument("--law", action="append", metavar="LAW", help="only these laws; may be given again")
+    parser.add_argument("--dtype", action="append", choices=(*FIRST_DTYPES, *LATER_DTYPES), help="only these dtypes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep outcomes here, and go on from what is there")
     parser.add_argument("--again", type=Path, metavar="FILE", help="only what survived in this JSON of an earlier run")
@@ -285,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress() as progress:
         try:
             run = blind_run(
-                given.backend, given.sample, given.jobs, given.resume, given.level, given.law, given.again,
-                progress.update,
+                given.backend, given.sample, given.jobs, given.resume, given.level, given.law, given.dtype,
+                given.again, progress.update,
             )  # fmt: skip
         except ValueError as error:
             parser.error(str(error))

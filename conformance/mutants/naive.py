@@ -333,7 +333,8 @@ class Naive:
         """exp(l_ij) / sum over the live links of i (R1); 0 where there are none (M3)."""
         grown = self.exponentials(call, logits - self.largest(call, logits)[..., call.links.query])
         total = self.per_query(call, grown)
-        return grown / torch.where(total == 0, 1.0, total)[..., call.links.query]
+        # In a row with NaN a masked pair still has weight 0.
+        return torch.where(call.live, grown / torch.where(total == 0, 1.0, total)[..., call.links.query], 0.0)
 
     def largest(self, call: Call, logits: Tensor) -> Tensor:
         """Largest live logit of each query [B, H, Nq]; 0 where there are none."""

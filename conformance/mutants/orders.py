@@ -120,7 +120,8 @@ class Regrouped(Naive):
         """Multiplies by the reciprocal of the sum."""
         grown = self.exponentials(call, logits - self.largest(call, logits)[..., call.links.query])
         total = self.per_query(call, grown)
-        return grown * torch.where(total == 0, 1.0, total).reciprocal()[..., call.links.query]
+        weights = grown * torch.where(total == 0, 1.0, total).reciprocal()[..., call.links.query]
+        return torch.where(call.live, weights, 0.0)
 
     def mixture(self, call: Call, first: Tensor, second: Tensor) -> Tensor:
         """first + g (second - first)."""

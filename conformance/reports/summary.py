@@ -184,7 +184,7 @@ def headline(report: Report) -> str:
         counts = [f"{count:,} {v.value}" for v, count in report.counts.items() if count and v not in HOLDS]
         why.append(", ".join(counts))
     if not why:
-        why.append("no item passed")
+        why.append("nothing that had to be computed passed: the backend claims none of it")
     return f"The exam does not hold: {'; '.join(why)}."
 
 
