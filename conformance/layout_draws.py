@@ -117,6 +117,9 @@ def _clip(draws: Draws) -> Layout:
 
 
 def _log_buckets(draws: Draws) -> Layout:
+    if draws.some(0.25):
+        # Four buckets beyond the exact ones, each twice as far as the last, and displacements where they begin.
+        return Lattice((2,), key_grid=(40,), far=LogBuckets(8, 64), offset=draws.pick((0, 39)))
     grid = draws.pick(((7,), (11,), (13,), (2, 7)))
     return Lattice(grid, far=LogBuckets(*draws.pick(((2, 4), (4, 9)))), causal=draws.some(0.3))
 

@@ -102,7 +102,9 @@ def _encoder(draws: Draws, kind: str, features: int, inputs: int, heads: int) ->
             return Sum(tuple(_encoder(draws, draws.pick(_KINDS[:7]), features, inputs, heads) for _ in range(count)))
         case "concat" if features > heads:
             first = heads * draws.integer(1, features // heads - 1)
-            sizes = (first, features - first)
+            sizes: tuple[int, ...] = (first, features - first)
+            if features - first > heads and draws.some():
+                sizes = (first, heads, features - first - heads)
             return Concat(tuple(_encoder(draws, draws.pick(_KINDS[:7]), size, inputs, heads) for size in sizes))
         case "nested" if features > 2 * heads:
             within = _encoder(draws, draws.pick(("concat", "concat", "sum")), features - heads, inputs, heads)

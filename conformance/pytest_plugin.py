@@ -6,18 +6,20 @@ project that has translution installed, so it imports nothing before the option 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from translution.conformance.exam.examiner import Examiner
-    from translution.conformance.exam.report import Result
+    from translution.conformance.exam.report import Report, Result
     from translution.conformance.exam.session import Item
 
 NAME = "translution"
-CASES, USE = "translution cases", "translution bound use"
+CASES, USE, VERDICT = "translution cases", "translution bound use", "translution verdict"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         add(name, action="append", metavar=name.upper(), help=f"only {article} {name}; may be given several times")
     add("waivers", metavar="FILE", help="a TOML file of known failures")
     add("limit", type=float, metavar="SECONDS", help="for one case; 60 if not given")
+    add("device", metavar="DEVICE", help="where a torch backend gets its tensors: cpu if not given, or cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{NAME}: a law of the translution exam, added by --translution-backend")
     given = {
         name: value
-        for name in ("level", "algorithm", "dtype", "law", "waivers", "limit")
+        for name in ("level", "algorithm", "dtype", "law", "waivers", "limit", "device")
         if (value := config.getoption(f"translution_{name}")) is not None
     }
     backend = config.getoption("translution_backend")
@@ -61,16 +64,21 @@ class Exam:
         try:
             from translution.conformance.exam.examiner import CannotExamine, Examiner
             from translution.conformance.exam.session import choose, items_of
-            from translution.conformance.exam.setting import EXAMINED, Setting
+            from translution.conformance.exam.setting import EXAMINED, Setting, check_limit
             from translution.conformance.exam.waivers import WaiverError
             from translution.conformance.laws import all_laws
             from translution.errors import UnknownName
         except ModuleNotFoundError as error:
             need = f"{error.name}, which is not installed: pip install 'translution[conformance]'"
             raise pytest.UsageError(f"--translution-backend needs {need}") from error
-        if not given.get("limit", 1) > 0:
-            raise pytest.UsageError(f"--translution-limit {given['limit']:g}: give a positive number of seconds")
-        self._setting = Setting(**{name: given[name] for name in ("level", "limit", "waivers") if name in given})
+        # A test or the backend may change the folder.
+        own: dict[str, Any] = {name: given[name] for name in ("level", "limit", "device") if name in given}
+        own |= {"waivers": str(Path(given["waivers"]).absolute())} if "waivers" in given else {}
+        self._setting = Setting(**own)
+        try:
+            check_limit(self._setting.limit)
+        except ValueError as error:
+            raise pytest.UsageError(f"--translution-{error}") from error
         laws = all_laws()
         self._examiner: Examiner | None = None
         try:
@@ -87,6 +95,8 @@ class Exam:
             self.pytest_unconfigure()
             raise pytest.UsageError(f"translution: {error}") from error
         self._backend, self._several = backend, len(about["algorithms"]) > 1
+        self._given = given
+        self._found: dict[str, Result] = {}
 
     def pytest_unconfigure(self) -> None:
         """End the process."""
@@ -96,7 +106,8 @@ class Exam:
 
     def pytest_report_header(self) -> str:
         """What is examined."""
-        return f"translution: {self._backend}, edition {self._setting.edition}, level {self._setting.level}"
+        own = self._setting
+        return f"translution: {self._backend}, edition {own.edition}, level {own.level}, device {own.device}"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
@@ -124,25 +135,56 @@ class Exam:
 
     def again(self, item: Item) -> str:
         """The options that examine one item."""
-        words = [f"--translution-backend {self._backend}", f"--translution-law {item.law.id}"]
-        words += [f"--translution-algorithm {item.algorithm}"] if self._several else []
-        words += [f"--translution-dtype {item.dtype}"]
-        words += [f"--translution-level {self._setting.level}"] if self._setting.level != "quick" else []
-        return " ".join(words)
+        from translution.conformance.exam.setting import Setting
+
+        usual = Setting()
+        words = {"backend": self._backend, "law": item.law.id}
+        words |= {"algorithm": item.algorithm} if self._several else {}
+        words["dtype"] = item.dtype
+        for name in ("level", "device", "limit", "waivers"):
+            value = self._given.get(name)
+            if value not in (None, getattr(usual, name)):
+                words[name] = f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(f"--{NAME}-{name} {shlex.quote(value)}" for name, value in words.items())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a result; with pytest-xdist it comes from another process."""
+        told: dict[str, Any] = dict(report.user_properties)
+        if VERDICT in told:
+            from translution.conformance.exam.report import Result, Verdict
+
+            law, _, rest = told[VERDICT].partition("/")
+            algorithm, dtype, verdict = rest.rsplit("/", 2)
+            self._found[report.nodeid] = Result(
+                law, algorithm, dtype, Verdict(verdict), cases=told[CASES], worst_share=told[USE]
+            )
+
+    def report(self) -> Report:
+        """What was found, without what each result says."""
+        from translution.conformance.exam.report import Report
+
+        own = self._setting
+        return Report(self._backend, own.edition, own.level, len(self._found), tuple(self._found.values()))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run in which no law passed that needs an answer fails, even if no item of it does."""
+        if session.exitstatus == pytest.ExitCode.OK and self._found and not self.report().answered:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """How much ran, which a row of dots does not say."""
-        cases, use, items = 0, 0.0, 0
-        for category in ("passed", "failed", "skipped", "xfailed", "error"):
-            for report in terminalreporter.getreports(category):
-                told = dict(getattr(report, "user_properties", ()))
-                if CASES in told:
-                    cases, use, items = cases + told[CASES], max(use, told[USE]), items + 1
-        if items:
-            terminalreporter.write_line(
-                f"{NAME}: {cases:,} cases of {items:,} items ran on {self._backend}, "
-                f"worst use of an error bound {100 * use:.2g}%"
-            )
+        if not self._found:
+            return
+        from translution.conformance.reports.summary import headline
+
+        report = self.report()
+        use = max(result.worst_share for result in report.results)
+        terminalreporter.write_line(
+            f"{NAME}: {report.cases:,} cases of {len(report.results):,} items ran on {self._backend}, "
+            f"worst use of an error bound {100 * use:.2g}%"
+        )
+        if not report.answered and not report.broken():
+            terminalreporter.write_line(f"{NAME}: {headline(report)}", red=True)
 
 
 class _Laws(pytest.Collector):
@@ -172,7 +214,11 @@ class LawItem(pytest.Item):
     def runtest(self) -> None:
         """PASS passes, NOT CLAIMED skips, WAIVED is an expected failure, FAIL and UNKNOWN fail."""
         result = self._exam.examine(self._item)
-        self.user_properties += [(CASES, result.cases), (USE, result.worst_share)]
+        self.user_properties += [
+            (CASES, result.cases),
+            (USE, result.worst_share),
+            (VERDICT, "/".join((*result.key, result.verdict.value))),
+        ]
         if result.printed:
             self.add_report_section("call", "printed by the backend", result.printed)
         if result.verdict == "NOT CLAIMED":

@@ -1,10 +1,7 @@
-"""Holding an exam: verdicts whatever a backend does, waivers, journals, exploring."""
+"""Holding an exam: verdicts whatever a backend does, the edition, exploring, what run() takes."""
 
-import datetime as dt
-import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,12 @@ from translution.conformance.exam.edition import fingerprint, written
 from translution.conformance.exam.examine import examine
 from translution.conformance.exam.examiner import CannotExamine, Examiner
 from translution.conformance.exam.explore import explore, smaller
-from translution.conformance.exam.journal import Journal, JournalError
 from translution.conformance.exam.law import FULL, QUICK, Law, Trial, law
 from translution.conformance.exam.question import rounded
 from translution.conformance.exam.report import HOLDS, Report, Result, Verdict, merged
-from translution.conformance.exam.session import run, unneeded
+from translution.conformance.exam.session import run
 from translution.conformance.exam.setting import Setting
 from translution.conformance.exam.subject import BackendFailure, LiveSubject, NotClaimed
-from translution.conformance.exam.waivers import Waiver, WaiverError, Waivers, read_waivers
 from translution.conformance.laws import all_laws
 from translution.conformance.mutants import misbehaving
 from translution.conformance.mutants.catalogue import catalogue
@@ -146,6 +141,31 @@ def test_only_claimed_dtypes_are_examined_and_names_are_checked() -> None:
     for wrong in ({"laws": ["NO-LAW"]}, {"dtypes": ["bfloat16"]}, {"algorithms": ["fused"]}, {"level": "half"}):
         with pytest.raises(UnknownName):
             run("numpy", **wrong)
+
+
+def test_one_name_may_be_given_as_it_is() -> None:
+    report = run(Naive(), laws="VALUE-TRACER", dtypes="float64", algorithms="pairwise")
+    assert [result.key for result in report.results] == [("VALUE-TRACER", "pairwise", "float64")]
+    for wrong in ({"laws": "VALUE"}, {"dtypes": "float"}, {"algorithms": "pair"}):
+        with pytest.raises(UnknownName, match=f"{next(iter(wrong.values()))!r}"):
+            run(Naive(), **wrong)
+
+
+def test_what_is_no_backend_is_told_what_one_is() -> None:
+    for wrong in (42, None, ["numpy"], Path()):
+        with pytest.raises(TypeError, match=r"is no backend: give a name .* or an object that has .* forward"):
+            run(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan"), 1e300])
+def test_a_limit_is_a_time(limit: float) -> None:
+    with pytest.raises(ValueError, match="more than 0 and at most 1,000,000"):
+        run(Naive(), limit=limit)
+
+
+def test_a_report_says_how_the_exam_was_held() -> None:
+    found = run(Naive(), laws="VALUE-TRACER", dtypes="float64", limit=5)
+    assert (found.device, found.limit, found.waivers, found.notes) == ("cpu", 5, None, ())
 
 
 def test_a_backend_that_is_not_there_is_told_from_one_that_is_wrong() -> None:
@@ -281,112 +301,6 @@ def test_the_edition_asks_what_is_written_down() -> None:
     for name, found in laws.items():
         own = {"quick": found.cases[QUICK], "full": found.cases[FULL], "questions": fingerprint(found)}
         assert own == book[name], f"{name} asks something else: make a new edition (scripts/make_edition.py)"
-
-
-# Waivers
-
-TODAY = dt.date(2026, 11, 24)
-
-
-def waiver_file(folder: Path, text: str) -> Path:
-    path = folder / "waivers.toml"
-    path.write_text(textwrap.dedent(text), encoding="utf-8")
-    return path
-
-
-def test_a_waived_failure_holds_until_it_expires(tmp_path: Path) -> None:
-    text = """
-        [[waiver]]
-        law = "VALUE-TRACER"
-        reason = "tables are mirrored"
-        expires = 2099-01-01
-        when = { dtype = "float64" }
-    """
-    report = run(MIRRORED, laws=["VALUE-TRACER"], dtypes=["float64", "float32"], waivers=waiver_file(tmp_path, text))
-    assert {r.dtype: r.verdict for r in report.results} == {"float64": Verdict.WAIVED, "float32": Verdict.FAIL}
-    assert report.results[0].message == "tables are mirrored"
-    with pytest.raises(WaiverError, match="expired on 2020-01-01"):
-        read_waivers(waiver_file(tmp_path, text.replace("2099", "2020")), all_laws())
-
-
-def test_a_waiver_may_depend_on_the_structure() -> None:
-    question = draw_question(SeededDraws(3), "float32", layouts=["causal-line"])
-    here = Waiver("A", "why", TODAY, when={"layout.causal": True, "dtype": "float32"})
-    elsewhere = Waiver("A", "why", TODAY, when={"layout.causal": False})
-    assert here.matches("A", "pairwise", "float32", question)
-    assert not elsewhere.matches("A", "pairwise", "float32", question)
-    assert not here.matches("A", "pairwise", "float64", question)
-    assert not here.matches("B", "pairwise", "float32", question)
-    assert Waivers((elsewhere, here)).find("A", "stream", "float32", question) is here
-
-
-def test_a_waiver_that_nothing_needs_is_red() -> None:
-    waivers = Waivers((Waiver("A", "old trouble", TODAY), Waiver("B", "trouble", TODAY)))
-    results = [
-        Result("A", "x", "float64", Verdict.PASS),
-        Result("B", "x", "float64", Verdict.WAIVED, message="trouble"),
-        Result("B", "x", "float32", Verdict.PASS),
-    ]
-    found = unneeded(waivers, results)
-    assert [r.verdict for r in found] == [Verdict.FAIL, Verdict.WAIVED, Verdict.PASS]
-    assert "'old trouble'" in found[0].message
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[[waiver]]\nlaw = 'NO'\nreason = 'r'\nexpires = 2099-01-01", "there is no law 'NO'"),
-        ("[[waiver]]\nlaw = 'ORACLE'\nexpires = 2099-01-01", "reason is missing"),
-        ("[[waiver]]\nlaw = 'ORACLE'\nreason = 'r'", "expires is missing"),
-        ("[[waiver]]\nlaw = 'ORACLE'\nreason = 'r'\nexpires = '2099-01-01'", "expires is a str, expected a date"),
-        ("[[waiver]]\nlaw = 'ORACLE'\nreason = 'r'\nexpires = 2099-01-01\nwhat = 1", "unknown field"),
-        ("[waivers]\nlaw = 'ORACLE'", "[[waiver]] tables and nothing else"),
-        ("[[waiver", "waivers.toml"),
-    ],
-)
-def test_a_wrong_waiver_file_says_what_is_wrong(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(WaiverError) as caught:
-        read_waivers(waiver_file(tmp_path, text), all_laws())
-    assert words in str(caught.value)
-
-
-# Interruption
-
-
-def test_an_interrupted_exam_keeps_what_it_had_and_goes_on(tmp_path: Path) -> None:
-    journal = tmp_path / "deep" / "journal.jsonl"
-    given: dict[str, Any] = {"laws": ["VALUE-TRACER", "COUNT"], "jobs": 1, "journal": journal}
-
-    def interrupt(*told: Any) -> None:
-        if told[1] == 3:
-            raise KeyboardInterrupt
-
-    first = run(Naive(), **given, progress=interrupt)
-    assert (len(first.results), first.complete, first.holds) == (3, False, False)
-    assert "interrupted" in first.notes[0]
-    # A line that was being written when the machine stopped.
-    journal.write_text(journal.read_text() + '{"law": "COU')
-
-    seen: list[int] = []
-    second = run(Naive(), **given, resume=True, progress=lambda *told: seen.append(told[1]))
-    assert seen == [4, 5, 6, 7, 8]
-    assert second.complete
-    assert second.holds
-    assert [r.seconds for r in second.results if r in first.results] == [r.seconds for r in first.results]
-    with pytest.raises(JournalError, match=r"another exam .*level"):
-        run(Naive(), **given, level=FULL, resume=True)
-    assert run(Naive(), **given).complete
-
-
-def test_a_journal_holds_results_as_they_were(tmp_path: Path) -> None:
-    failed = run(MIRRORED, laws=["VALUE-TRACER"], dtypes=["float64"]).results[0]
-    assert failed.counterexample is not None
-    path = tmp_path / "journal"
-    book = Journal(path, {"backend": "x"}, resume=False)
-    book.add(failed)
-    again = Journal(path, {"backend": "x"}, resume=True)
-    assert again.results == {failed.key: failed}
-    assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 # Exploring and shrinking

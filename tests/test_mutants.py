@@ -212,16 +212,23 @@ def test_visible_mutants_are_different_functions() -> None:
 # Gradients
 
 
-@named([m for m in of_family("gradient") if m.name not in ("absent-gradient-nan", "second-order-zero")])
+# Their ``vjp`` of ordinary questions is right.
+ELSEWHERE = (
+    "absent-gradient-nan", "second-order-zero", "forward-mode-zero", "autograd-detached", "autograd-halved",
+    "mask-gradient-missing",
+)  # fmt: skip
+
+
+@named([m for m in of_family("gradient") if m.name not in ELSEWHERE])
 def test_gradient_mutant_differs(mutant: Mutant) -> None:
     """In some gradient."""
     assert not all(gradients_agree(mutant.backend, number) for number in range(MANY))
 
 
-HIDDEN = [m for m in of_family("conduct", "mask", "relevance") if not m.visible and m.name not in REFUSING]
+HIDDEN = [m for m in of_family("conduct", "mask", "relevance", "size") if not m.visible and m.name not in REFUSING]
 
 
-@named([*HIDDEN, MUTANTS["second-order-zero"], MUTANTS["absent-gradient-nan"]])
+@named([*HIDDEN, *(MUTANTS[name] for name in ELSEWHERE)])
 def test_gradients_of_hidden_mutant_are_right(mutant: Mutant) -> None:
     """Its mistake lies elsewhere."""
     assert all(gradients_agree(mutant.backend, number) for number in range(ORDINARY))

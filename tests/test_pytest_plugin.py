@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -193,9 +194,58 @@ def test_not_claimed_is_skipped_with_the_reason(host: Host) -> None:
             "def not_supported(self, request, algorithm):\n        return ['too modest']\n\n    def forward",
         ),
     )
-    shown = host.pytest("--translution-law", "VALUE-TRACER", "-rs", backend="modest:wrong")
-    assert "1 skipped" in shown
+    options = ("--translution-law", "VALUE-TRACER", "--translution-law", "ORACLE", "-rs")
+    shown = host.pytest(*options, backend="modest:wrong", code=1)
+    assert "2 skipped" in shown
     assert "not claimed: too modest" in shown
+
+
+MODEST = """
+from translution.backends.numpy import NumpyBackend
+
+class Modest(NumpyBackend):
+    name = "modest"
+    algorithms = ("pairwise",)
+    dtypes = ("float64",)
+
+    def not_supported(self, request, algorithm):
+        return ["never"] if self.name == "modest" else super().not_supported(request, algorithm)
+
+modest = Modest()
+able = Modest()
+able.name = "able"
+"""
+NOTHING = "translution: The exam does not hold: nothing that had to be computed passed: the backend claims none of it."
+
+
+def test_who_refuses_everything_fails(host: Host) -> None:
+    """As with the command: only the law of refusals passes, or none."""
+    host.write("modest.py", MODEST)
+    host.write("test_host.py", "def test_host():\n    pass\n")
+    claims, oracle = ("--translution-law", "CLAIMS"), ("--translution-law", "ORACLE")
+    shown = host.pytest(*claims, *oracle, "-n", "1", backend="modest:modest", code=1)
+    assert "2 passed, 1 skipped" in shown
+    assert NOTHING in shown
+    shown = host.pytest(*oracle, backend="modest:modest", code=1)
+    assert "1 passed, 1 skipped" in shown
+    assert NOTHING in shown
+    shown = host.pytest(*claims, *oracle, backend="modest:able")
+    assert "3 passed" in shown
+    assert "does not hold" not in shown
+
+
+def test_where_nothing_of_the_exam_ran_nothing_is_said_of_it(host: Host) -> None:
+    host.write("modest.py", MODEST)
+    host.write("test_host.py", "def test_host():\n    pass\n")
+    claims, oracle = ("--translution-law", "CLAIMS"), ("--translution-law", "ORACLE")
+    for options, code in (
+        (("-k", "test_host"), 0),
+        (("-k", "CLAIMS"), 0),
+        (("--collect-only",), 0),
+        (("-k", "nothing"), pytest.ExitCode.NO_TESTS_COLLECTED),
+    ):
+        shown = host.pytest(*claims, *oracle, *options, backend="modest:modest", code=code)
+        assert "does not hold" not in shown
 
 
 def test_waived_is_an_expected_failure(host: Host) -> None:
@@ -203,11 +253,38 @@ def test_waived_is_an_expected_failure(host: Host) -> None:
     waiver = '[[waiver]]\nlaw = "VALUE-TRACER"\nreason = "under repair"\nexpires = 2999-01-01\n'
     file = str(host.write("waivers.toml", waiver))
     options = ("--translution-law", "VALUE-TRACER", "--translution-waivers", file, "-rx")
-    shown = host.pytest(*options, backend="wrong:wrong")
-    assert "1 xfailed" in shown
+    # PURE looks at memory, where this backend makes no mistake.
+    shown = host.pytest(*options, "--translution-law", "PURE", backend="wrong:wrong")
+    assert "1 passed, 1 xfailed" in shown
     assert "waived: under repair" in shown
     assert "FAILED" not in shown
     assert "1 failed" in host.pytest(*options, "--runxfail", code=1, backend="wrong:wrong")
+    shown = host.pytest(*options, code=1, backend="wrong:wrong")
+    assert "1 xfailed" in shown
+    assert "nothing that had to be computed passed: what is claimed is waived" in shown
+
+
+def test_the_command_that_repeats_an_item_has_its_options(host: Host) -> None:
+    host.write("wrong.py", WRONG)
+    waiver = '[[waiver]]\nlaw = "KEY-TRACER"\nreason = "under repair"\nexpires = 2999-01-01\n'
+    host.write("some waivers.toml", waiver)
+    options = ("--translution-limit", "30", "--translution-waivers", "some waivers.toml", "--translution-device", "cpu")
+    shown = host.pytest("--translution-law", "VALUE-TRACER", *options, code=1, backend="wrong:wrong")
+    assert "level quick, device cpu" in shown
+    (line,) = re.findall(r"again +pytest (.*)", shown)
+    assert shlex.split(line) == [
+        "--translution-backend", "wrong:wrong", "--translution-law", "VALUE-TRACER", "--translution-dtype", "float64",
+        "--translution-limit", "30", "--translution-waivers", "some waivers.toml",
+    ]  # fmt: skip
+    assert "1 failed" in host.pytest(*shlex.split(line), backend=None, code=1)
+
+
+def test_the_device_reaches_the_backend(host: Host) -> None:
+    host.write("naive.py", "from translution.conformance.mutants.naive import Naive\nbackend = Naive()\n")
+    options = ("--translution-law", "VALUE-TRACER", "--translution-dtype", "float64", "--translution-device", "meta")
+    shown = host.pytest(*options, "-rs", backend="naive:backend", code=1)
+    assert "level quick, device meta" in shown
+    assert "not claimed: naive computes on cpu, not on meta" in shown
 
 
 def test_waivers_expire(host: Host) -> None:
@@ -228,8 +305,10 @@ def test_waivers_expire(host: Host) -> None:
         ("numpy", ("--translution-algorithm", "magic"), "unknown algorithm 'magic'"),
         ("numpy", ("--translution-law", "VALUE-TRACE"), "Did you mean 'VALUE-TRACER'?"),
         ("numpy", ("--translution-level", "some"), "invalid choice: 'some'"),
-        ("numpy", ("--translution-limit", "0"), "give a positive number of seconds"),
-        ("numpy", ("--translution-limit", "nan"), "give a positive number of seconds"),
+        ("numpy", ("--translution-limit", "0"), "--translution-limit is 0: give seconds, more than 0"),
+        ("numpy", ("--translution-limit", "nan"), "give seconds, more than 0"),
+        ("numpy", ("--translution-limit", "inf"), "give seconds, more than 0"),
+        ("mischief:Absent", (), "Absent is a class"),
         ("numpy", ("--translution-waivers", "none.toml"), "none.toml"),
         ("mischief:absent", (), "the moon is full"),
         (None, ("--translution-law", "VALUE-TRACER"), "--translution-law needs --translution-backend"),

@@ -1,39 +1,32 @@
-"""Reports: what is written can be read again, and nothing that is broken is left out or says too much."""
+"""Reports as data, JSON and JUnit XML, and what all forms say: what is written can be read, nothing is left out."""
 
 import copy
 import importlib.resources
-import io
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import jsonschema
 import pytest
-from rich.console import Console
 
-from translution.conformance.exam.examine import examine
+from translution.conformance.exam.examine import LIMIT, examine
 from translution.conformance.exam.explore import explore
 from translution.conformance.exam.law import Law
-from translution.conformance.exam.report import REPORT_VERSION, Counterexample, Report, Result, Verdict
+from translution.conformance.exam.report import LONGEST, REPORT_VERSION, Counterexample, Report, Result, Verdict
 from translution.conformance.exam.subject import LiveSubject
 from translution.conformance.laws import all_laws
 from translution.conformance.mutants.catalogue import catalogue
 from translution.conformance.reports.as_json import SCHEMA_FILE, ReportError, read_json, report_schema, write_json
 from translution.conformance.reports.clauses import TITLES
-from translution.conformance.reports.html import html_page, write_html
+from translution.conformance.reports.html import html_page
 from translution.conformance.reports.junit import junit_xml, write_junit
-from translution.conformance.reports.markup import join, tag
-from translution.conformance.reports.strips import Axis
 from translution.conformance.reports.summary import clean, command, failures, headline
-from translution.conformance.reports.terminal import IN_FULL, show_report
-from translution.conformance.reports.words import operator_words
 from translution.spec import Mean, Operator, Shared
 from translution.spec.layout import Lattice
 from translution.spec.serialization import operator_to_data
@@ -74,26 +67,8 @@ def every_verdict() -> Report:
         Result("VALUE-TRACER", "pairwise", "float64", Verdict.UNKNOWN, 1, 48, 4, message="only 1 of 4 cases ran"),
         Result("VALUE-TRACER", "stream", "float64", Verdict.WAIVED, 4, 4, 4, message="known since May"),
     )  # fmt: skip
-    return Report(HOSTILE, "2026.1", "full", 5, results, {"translution": "0.1.0", "torch": "<2>"}, 3.25, ("a note",))
-
-
-def many(count: int) -> Report:
-    results = tuple(
-        Result(f"LAW-{n // 4}", "pairwise", f"dtype{n % 4}", Verdict.FAIL, 1, 1, 4, message=f"broke in case {n}")
-        for n in range(count)
-    )
-    return Report("b", "2026.1", "quick", count, results)
-
-
-def shown(report: Report, laws: dict[str, Law], width: int = 100) -> str:
-    stream = io.StringIO()
-    show_report(report, laws, Console(file=stream, width=width))
-    return stream.getvalue()
-
-
-def words(text: str) -> str:
-    """Text without frames and line breaks."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+    return Report(HOSTILE, "2026.1", "full", 5, results, {"translution": "0.1.0", "torch": "<2>"}, 3.25, ("a note",),
+                  "cuda:1", 30.0, "known failures.toml")  # fmt: skip
 
 
 # JSON
@@ -153,6 +128,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "cases against the results": (changed(cases=1000), r"\$\.cases is 1000, but the results say 10"),
     "counts against the results": (lambda data: data["counts"].update(FAIL=0), r"\$\.counts is"),
     "cut short, but said to be complete": (changed(expected=6), r"\$\.complete is True"),
+    "no device": (lambda data: data.pop("device"), "'device' is a required property"),
+    "no time": (changed(limit=0), r"\$\.limit: 0 is less than or equal"),
+    "waivers": (changed(waivers=["a.toml"]), r"\$\.waivers: \['a\.toml'\]"),
 }  # fmt: skip
 
 
@@ -228,6 +206,8 @@ def test_junit_has_every_result_with_the_right_counts(real: Report, laws: dict[s
             values = {item.attrib["name"]: item.attrib["value"] for item in suite.iter("property")}
             assert values["edition"] == report.edition
             assert values["level"] == report.level
+            assert values["device"] == report.device
+            assert values.get("note 1") == next(iter(report.notes), None)
             assert values["version translution"] == "0.1.0"
 
 
@@ -263,156 +243,6 @@ def test_a_junit_report_of_an_exam_that_does_not_hold_is_never_green(laws: dict[
         assert report.holds == (red == 0)
 
 
-# HTML
-
-
-class Page(HTMLParser):
-    """The elements of a page, its text outside styles and scripts, and its attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "input"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & {*self._open}:
-            self.text.append(data)
-
-    def all(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for element, attributes in self.elements if element == name]
-
-
-def test_html_escapes_what_the_backend_says(laws: dict[str, Law]) -> None:
-    text = html_page(every_verdict(), laws)
-    page = Page(text)
-    assert len(page.all("script")) == 1
-    assert page.all("img") == []
-    assert HOSTILE in page.text
-    assert clean(ODD) in page.text
-    assert "\x1b" not in text
-    text.encode()
-
-
-def test_html_needs_nothing_else(real: Report, laws: dict[str, Law]) -> None:
-    for report in (real, every_verdict()):
-        page = Page(html_page(report, laws))
-        assert {name for name, _ in page.elements} & {"link", "iframe", "object", "embed", "base"} == set()
-        for _, attributes in page.elements:
-            assert attributes.keys() & {"src", "srcset", "action", "style", "xlink:href", "data"} == set()
-            assert not [name for name in attributes if name.startswith("on")]
-            assert (attributes.get("href") or "#").startswith("#")
-        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-        assert len(ids) == len(set(ids))
-        assert {(link["href"] or "")[1:] for link in page.all("a")} <= set(ids)
-    folder = importlib.resources.files("translution.conformance.reports") / "page"
-    for file in folder.iterdir():
-        assert re.search(r"https?:|url\(|@import|fetch|import\(", file.read_text()) is None
-
-
-def test_html_has_every_item_as_text_under_real_headings(laws: dict[str, Law]) -> None:
-    page = Page(html_page(every_verdict(), laws))
-    assert {heading["scope"] for heading in page.all("th")} == {"col", "colgroup", "row", "rowgroup"}
-    for text in ("ORACLE", "25%", "NOT CLAIMED", "FAIL", "UNKNOWN", "WAIVED", "no float16 here", "known since May",
-                 "only 1 of 4 cases ran", "Lattice(grid=(2, 3))", "a note"):  # fmt: skip
-        assert any(text in part for part in page.text), text
-    assert any(part == laws["VALUE-TRACER"].statement for part in page.text)
-
-
-def test_html_forbids_what_it_does_not_contain(laws: dict[str, Law], tmp_path: Path) -> None:
-    write_html(every_verdict(), laws, tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    (policy,) = (meta["content"] or "" for meta in Page(text).all("meta") if "http-equiv" in meta)
-    assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    assert "unsafe" not in policy
-
-
-def test_markup_escapes_by_default() -> None:
-    assert tag("p", "<&", tag("b", "x"), title='"<', class_="a", data_text="b", hidden=True, open=False) == (
-        '<p title="&quot;&lt;" class="a" data-text="b" hidden>&lt;&amp;<b>x</b></p>'
-    )
-    assert join("<", tag("br")) == "&lt;<br>"
-
-
-def test_strips_put_shares_in_their_place() -> None:
-    base = Result("A", "a", "float32", Verdict.PASS)
-    axis = Axis.of([replace(base, shares=(1e-3, 0.0, 0.2))])
-    assert axis.low == -3
-    places = [float(axis.at(share).rstrip("%")) for share in (0.0, 1e-5, 1e-3, 1e-2, 1.0)]
-    assert places[:3] == [0.0, 0.0, 0.0]
-    assert places[3] == pytest.approx(100 / 3.3, abs=0.01)
-    assert places[4] == pytest.approx(300 / 3.3, abs=0.01)
-    for shares in ((0.5,), (0.0, 0.0), (0.1, 0.2, 0.9)):
-        assert f"{len(shares)} cases: median" in axis.strip([replace(base, shares=shares)])
-    assert Axis.of([base]).low == -2
-
-
-# Terminal
-
-
-@pytest.mark.parametrize("width", [60, 100, 160])
-def test_terminal_shows_every_broken_result(width: int, real: Report, laws: dict[str, Law]) -> None:
-    for report in (real, every_verdict()):
-        text = shown(report, laws, width)
-        assert max(map(len, text.splitlines())) <= width
-        told = words(text).replace(" ", "")
-        for result in report.broken():
-            for part in (result.law, clean(result.message), laws[result.law].statement, command(report, result)):
-                shared = report is real and result.dtype == "float32" and part.startswith("translution")
-                assert shared or part.replace(" ", "").replace("\n", "") in told
-        assert headline(report).replace(" ", "") in told
-
-
-def test_terminal_spells_out_what_did_not_pass(laws: dict[str, Law]) -> None:
-    text = words(shown(every_verdict(), laws, 160))
-    for part in ("NOT CLAIMED: the backend says", "WAIVED: it fails", "UNKNOWN: nobody knows",
-                 "1 item: no float16 here", "VALUE-TRACER (stream float64): known since May",
-                 "equals that of the mutant value-mirrored", "a note",
-                 "case 3 of the edition: the last of its 2 questions", "layout = Lattice(grid=(2, 3))"):  # fmt: skip
-        assert part in text
-    assert "\x1b" not in text
-
-
-def test_terminal_stays_short_when_everything_fails(laws: dict[str, Law]) -> None:
-    report = many(800)
-    text = shown(report, laws)
-    assert text.count("╭") == IN_FULL
-    assert "800 results are broken; --json has each" in text
-    below = text.split("cases  how many ran")[1]
-    assert len(below.splitlines()) < 150
-    told = [n for n in range(200) if re.search(rf"LAW-{n}\b", below)]
-    assert f"{200 - len(told)} more groups of broken results" in below
-    assert 0 < len(told) < 200
-
-
-def test_terminal_fits_every_column_somewhere(laws: dict[str, Law]) -> None:
-    results = tuple(
-        Result("ORACLE", f"algorithm{n}", "bfloat16", Verdict.PASS, 4, 4, 4, 1) for n in range(30)
-    )  # fmt: skip
-    text = shown(Report("b", "2026.1", "quick", 30, results), laws, 80)
-    assert [n for n in range(30) if not re.search(rf"algorithm{n}\b", text)] == []
-    assert sum(line.count(" exact") for line in text.splitlines() if line.startswith("ORACLE")) == 30
-    assert "…" not in text
-
-
-def test_rich_markup_of_a_backend_is_text(laws: dict[str, Law]) -> None:
-    failed = Result("ORACLE", "[bold]", "float64", Verdict.FAIL, message="[red]x[/] [/nothing] :smile:")
-    text = shown(Report("[link=x]b[/link]", "e", "quick", 1, (failed,)), laws)
-    for part in ("[bold]", "[red]x[/] [/nothing] :smile:", "conformance of [link=x]b[/link]"):
-        assert part in text
-
-
 # What they share
 
 
@@ -442,20 +272,37 @@ def test_commands_can_be_given_to_a_shell() -> None:
     split = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
     assert split.stdout.splitlines() == [
         "translution", "conform", HOSTILE, "--law", "ORACLE", "--algorithm", "stream", "--dtype", "float64",
-        "--level", "full",
+        "--level", "full", "--device", "cuda:1", "--limit", "30", "--waivers", "known failures.toml",
     ]  # fmt: skip
+    usual = replace(report, level="quick", device="cpu", limit=LIMIT, waivers=None)
+    assert command(usual, report.results[2]).endswith("--algorithm stream --dtype float64")
+    written = replace(report.results[2], algorithm="written")
+    assert command(report, written) == "translution conform --import DIR --waivers 'known failures.toml'"
+    assert command(usual, written) == "translution conform --import DIR"
 
 
-def test_operators_are_told_without_their_defaults() -> None:
-    operator = Operator(Lattice((2, 3), kernel_size=(3, 3), stride=(2, 1)), 4, 2, Shared(6), relevance=Mean())
-    assert operator_words(operator_to_data(operator)) == [
-        ("layout", "Lattice(grid=(2, 3), kernel_size=(3, 3), stride=(2, 1))"),
-        ("dim", "4"),
-        ("num_heads", "2"),
-        ("value", "Shared(features=6)"),
-        ("relevance", "Mean"),
-    ]
-    assert operator_words({"layout": {"kind": "New", "a": 1}, "b": [1]}) == [("layout", "New(a=1)"), ("b", "(1,)")]
+def test_the_headline_tells_refusal_from_waivers() -> None:
+    refused = Result("ORACLE", "pairwise", "float64", Verdict.NOT_CLAIMED)
+    waived = replace(refused, law="VALUE-TRACER", verdict=Verdict.WAIVED)
+    assert headline(Report("b", "e", "quick", 1, (refused,))).endswith("the backend claims none of it.")
+    assert headline(Report("b", "e", "quick", 2, (refused, waived))).endswith("what is claimed is waived.")
+
+
+def test_a_message_of_any_length_gives_a_report_of_bounded_size(laws: dict[str, Law]) -> None:
+    text = f"HEAD {'<' * 10**7} TAIL"
+    result = Result("ORACLE", "pairwise", "float64", Verdict.FAIL, message=text, reasons=(text,))
+    for kept in (result.message, *result.reasons):
+        assert len(kept) <= LONGEST
+        assert kept.startswith("HEAD <")
+        assert kept.endswith("< TAIL")
+        (count,) = re.findall(r"\[\.\.\. ([0-9,]+) characters left out \.\.\.\]", kept)
+        assert int(count.replace(",", "")) == len(text) - kept.count("<") - len("HEAD  TAIL")
+    assert Result.from_json(result.as_json()) == result
+    fits = "x" * LONGEST
+    assert replace(result, message=fits).message == fits
+    report = Report("b", "e", "quick", 1, (result,))
+    for written in (json.dumps(report.as_json()), junit_xml(report, laws), html_page(report, laws)):
+        assert len(written) < 20 * LONGEST
 
 
 def test_reports_are_imported_without_what_they_may_not_need() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +18,18 @@ if TYPE_CHECKING:
 
 # Journals and remembered failures, in the folder where the command is given.
 FOLDER = Path(".translution")
+# What is examined, listed, written or marked, and the options that it takes beside itself.
+TAKES: dict[str, tuple[str, ...] | None] = {
+    "backend": None,  # all
+    "selftest": ("jobs", "json_file"),
+    "show_laws": ("json_file",),
+    "export": ("level", "dtype", "law", "json_file"),
+    "marked": ("waivers", "json_file", "junit", "html"),
+}
 
 
 def conform(
+    context: typer.Context,
     backend: Annotated[
         str | None,
         typer.Argument(metavar="BACKEND", help="package.module:backend, or reference, numpy, torch, triton."),
@@ -32,7 +44,7 @@ def conform(
     waivers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Known failures, with reason and expiry.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="What one case may take.")] = 60.0,
+    limit: Annotated[float, typer.Option(metavar="SECONDS", help="What one case may take.")] = 60.0,
     device: Annotated[str, typer.Option(help="Where a torch backend gets its tensors: cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted exam of this backend.")] = False,
@@ -55,13 +67,13 @@ def conform(
 
     Exit code 0 where everything that is claimed holds, 1 where it does not, 2 for wrong use.
     """
-    for option, path in (("--json", json_file), ("--junit", junit), ("--html", html)):
+    _check_options(context)
+    files = {"--json": json_file, "--junit": junit, "--html": html}
+    for option, path in files.items():
         check_file(option, path)
-    if [backend is not None, selftest, show_laws, export is not None, marked is not None].count(True) != 1:
-        raise wrong_use("conform takes a BACKEND, or --selftest, --laws, --export DIR or --import DIR: one of these")
-    for option, given in (("--junit", junit), ("--html", html)):
-        if given is not None and backend is None and marked is None:
-            raise wrong_use(f"{option} is for reports: give a BACKEND or --import DIR")
+    _check_apart({**files, "--waivers": waivers})
+    # Whatever happens to the folder of this process from now on.
+    json_file, junit, html = (None if path is None else path.absolute() for path in files.values())
     try:
         from translution.conformance.exam.session import choose
         from translution.conformance.laws import all_laws
@@ -91,6 +103,42 @@ def conform(
         ) from error
 
 
+def _check_options(context: typer.Context) -> None:
+    """Exactly one thing to do, and no option that it would ignore."""
+    names = {one.name: one.opts[0] for one in context.command.params if one.name is not None}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    wanted = [name for name in given if name in TAKES]
+    if len(wanted) != 1:
+        raise wrong_use("conform takes a BACKEND, or --selftest, --laws, --export DIR or --import DIR: one of these")
+    takes = TAKES[wanted[0]]
+    ignored = [names[name] for name in given if takes is not None and name not in (*takes, wanted[0])]
+    if ignored:
+        more = ", ".join(names[name] for name in takes or ())
+        raise wrong_use(f"{names[wanted[0]]} does not take {', '.join(ignored)}; beside it there may be {more}")
+
+
+def _check_apart(files: dict[str, Path | None]) -> None:
+    """No file is given twice."""
+    taken: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise wrong_use(f"{other} and {option} are both {path}: give two files")
+
+
+def _file_name(backend: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", backend)
+
+
+def _journal(backend: str, level: str, explore: int, only: Sequence[Sequence[str] | None]) -> Path:
+    """Where the results of an exam are kept: an exam of some laws, algorithms or dtypes has a journal of its own."""
+    parts = [_file_name(backend), "explore" if explore else level]
+    if any(names is not None for names in only):
+        chosen = json.dumps([sorted(set(names)) if names is not None else None for names in only])
+        parts.append(hashlib.sha256(chosen.encode()).hexdigest()[:8])
+    return FOLDER / f"{'-'.join(parts)}.jsonl"
+
+
 def _examine(
     backend: str,
     level: str,
@@ -107,12 +155,16 @@ def _examine(
     from translution.conformance.exam.examiner import CannotExamine
     from translution.conformance.exam.journal import JournalError
     from translution.conformance.exam.session import run
+    from translution.conformance.exam.setting import check_limit
     from translution.conformance.exam.waivers import WaiverError
     from translution.errors import UnknownName
     from translution.progress import Progress
 
-    name = re.sub(r"[^\w.-]+", "-", backend)
-    journal = FOLDER / f"{name}-{'explore' if explore else level}.jsonl"
+    try:
+        check_limit(limit)
+    except ValueError as error:
+        raise wrong_use(f"--{error}") from error
+    journal = _journal(backend, level, explore, (algorithms, dtypes, laws))
     if not FOLDER.exists():
         try:
             FOLDER.mkdir()
@@ -125,8 +177,8 @@ def _examine(
         with Progress() as progress:
             report = run(
                 backend, level=level, algorithms=algorithms, dtypes=dtypes, laws=laws, explore=explore,
-                database=FOLDER / "examples" / name, waivers=waivers, limit=limit, device=device, jobs=jobs,
-                journal=journal, resume=resume, progress=progress.update,
+                database=FOLDER / "examples" / _file_name(backend), waivers=waivers, limit=limit, device=device,
+                jobs=jobs, journal=journal, resume=resume, progress=progress.update,
             )  # fmt: skip
     except (CannotExamine, JournalError, UnknownName, WaiverError) as error:
         raise wrong_use(str(error)) from error

@@ -116,7 +116,7 @@ def _short_way(displacement: int, extent: int) -> int:
 
 
 def _axis_displacements(layout: Lattice, axis: int) -> set[int]:
-    """All displacements of one axis that have a row, whether or not some pair uses them."""
+    """All displacements of one axis that have a row where the order allows it, whether or not some pair uses them."""
     queries, keys = layout.grid[axis], layout.keys[axis]
     if layout.kernel_size is None:
         pairs = itertools.product(range(queries), range(keys))
@@ -126,7 +126,7 @@ def _axis_displacements(layout: Lattice, axis: int) -> set[int]:
         found = {tap * layout.dilations[axis] for tap in range(-reach, reach + 1)}
     else:
         found = set(_window(layout, axis))
-    return {d for d in found if d >= 0 or not _is_causal(layout, axis)}
+    return found
 
 
 def _between(layout: Lattice, axis: int, query: int, key: int) -> int:

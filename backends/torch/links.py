@@ -97,10 +97,6 @@ class Visit:
     opens_value: bool
     opens_key: bool
 
-    def place(self, side: str) -> Place:
-        """Where the tokens of the ``query`` or ``key`` side are."""
-        return self.query if side == "query" else self.key
-
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
@@ -172,7 +168,7 @@ class Links:
     @_kept
     def degree(self) -> Tensor:
         """Number of links of every query [Nq]."""
-        return torch.bincount(self.query_index, minlength=self.geometry.num_queries)
+        return torch.bincount(self.query_index)
 
     @cached_property
     @_kept

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -11,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from translution.algorithms import Request
 from translution.conformance.comparison import ComparisonError
 from translution.conformance.exam.draws import Draws, Rejected, SeededDraws
 from translution.conformance.exam.law import Law, Trial
@@ -30,6 +35,8 @@ PATIENCE = 3
 LIMIT = 60.0
 NO_ANSWER = "no answer within"
 Started = Callable[[int], None]
+# What a case of a law asks first, where it was refused.
+Refused = dict[tuple[str, int], Request]
 
 
 class Overtime(Exception):
@@ -82,11 +89,24 @@ def draws_for(law: Law, number: int, edition: str = EDITION) -> Draws:
     return SeededDraws(number, f"{edition}/{law.id}")
 
 
+@contextmanager
+def _usual_state() -> Iterator[None]:
+    """NumPy's and torch's global settings as they are at first: a backend may change them when it is imported."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+            stack.enter_context(torch.enable_grad())
+        yield
+
+
 def run_case(law: Law, subject: Subject, draws: Draws, limit: float | None = LIMIT) -> tuple[Trial, Any]:
     """One case; what it raises carries the trial, see :func:`trial_of`."""
     trial = Trial(subject, draws)
     try:
-        with limited(limit):
+        with _usual_state(), limited(limit):
             return trial, law.body(trial)
     except _Rung:
         overtime = Overtime()
@@ -121,11 +141,15 @@ def examine(
     started: Started = silently,
     attempts: int = ATTEMPTS,
     patience: int = PATIENCE,
+    refused: Refused | None = None,
 ) -> Result:
     """Run ``law`` on ``subject``. Cases that are not claimed make room for later numbers, ``attempts`` for each.
 
-    ``started`` is told the number of each case before it runs.
+    ``started`` is told the number of each case before it runs. Algorithms and dtypes of one backend are asked for the
+    same operators: with ``refused``, which is kept between their exams, a case whose first request is refused again is
+    not drawn again.
     """
+    refused = {} if refused is None else refused
     tally, begin = _Tally(), time.perf_counter()
     wanted, floor = law.cases[level], law.floor(level)
 
@@ -139,14 +163,21 @@ def examine(
     for number in range(patience * wanted * attempts):
         if tally.cases == wanted or (number >= wanted * attempts and tally.cases >= floor):
             break
-        if not tally.cases and tally.tried >= max(FRUITLESS, 2 * wanted):
+        if not tally.cases and number >= max(FRUITLESS, 2 * wanted):
             break
-        started(number)
         tally.tried += 1
+        first = refused.get((law.id, number))
+        if first is not None and (reasons := subject.refuses(first)):
+            tally.reasons.update(dict.fromkeys(reasons))
+            continue
+        started(number)
+        subject.checked.clear()
         try:
             trial, returned = run_case(law, subject, draws_for(law, number, edition), limit)
         except NotClaimed as error:
             tally.reasons.update(dict.fromkeys(error.reasons))
+            if len(subject.checked) == 1:
+                refused[law.id, number] = subject.checked[0]
         except Rejected:
             tally.tried -= 1
         except (ComparisonError, Overtime) as error:

@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import Result, Verdict
-from translution.conformance.exam.setting import Setting
+from translution.conformance.exam.setting import LONGEST, Setting
 
 # A worker that can be interrupted says so itself at the limit; one in native code is stopped this much later.
 GRACE = 5.0
@@ -65,12 +65,15 @@ class Examiner:
 
     Raises:
         CannotExamine: the backend can't be imported, at construction.
+        WaiverError: the waiver file says something it can't.
     """
 
     def __init__(self, backend: str, setting: Setting) -> None:
-        self._backend, self._setting = backend, setting
+        self._backend, self._setting = backend, replace(setting, limit=min(setting.limit, LONGEST))
+        self._waivers = setting.read_waivers()
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: _Lines | None = None
+        self._held: int | None = None
         self._printed: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self.backend: dict[str, Any] = {}
         self._start()
@@ -90,9 +93,11 @@ class Examiner:
 
     def _start(self) -> None:
         here, there = os.pipe()
+        # Nothing is ever written to it: its end is that of this process, or of this examiner.
+        life, self._held = os.pipe()
         command = [
             sys.executable, "-m", "translution.conformance.exam.worker",
-            self._backend, str(there), self._setting.as_text(),
+            self._backend, str(there), str(life), self._setting.as_text(),
         ]  # fmt: skip
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
@@ -100,12 +105,13 @@ class Examiner:
             stdin=subprocess.PIPE,
             stdout=self._printed,
             stderr=self._printed,
-            pass_fds=(there,),
+            pass_fds=(there, life),
             env={**threads, **os.environ},
             # An interrupt at the terminal is for the parent, which then ends its workers.
             start_new_session=True,
         )
         os.close(there)
+        os.close(life)
         self._lines = _Lines(here)
         try:
             message: dict[str, Any] | None = self._lines.next(STARTING)
@@ -124,10 +130,13 @@ class Examiner:
         if self._lines is not None:
             self._lines.close()
             self._lines = None
+        if process is not None and process.poll() is None:
+            process.kill()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
         if process is None:
             return 0
-        if process.poll() is None:
-            process.kill()
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
@@ -141,7 +150,10 @@ class Examiner:
         return ("[...] " if start > since else "") + text.strip()
 
     def examine(self, law: Law, algorithm: str, dtype: str) -> Result:
-        """The verdict on one item; a worker that hangs or dies is a failure of the backend."""
+        """The verdict on one item; a worker that hangs or dies is a failure of the backend, which may be waived.
+
+        What the operator was is not known then, so that a waiver for some operators does not cover it.
+        """
         if self._process is None:
             self._start()
         begin, since = time.perf_counter(), os.fstat(self._printed.fileno()).st_size
@@ -160,11 +172,13 @@ class Examiner:
                     break
         except _Gone as error:
             if result is None:
-                where = "" if number is None else f" in case {number}"
-                spent = time.perf_counter() - begin
+                ending = f"{error}" if number is None else f"{error} in case {number}"
+                waiver = self._waivers.find(law.id, algorithm, dtype, None)
                 result = Result(
-                    law.id, algorithm, dtype, Verdict.FAIL, 0, 1, law.floor(self._setting.level),
-                    message=f"{error}{where}", seconds=spent,
+                    law.id, algorithm, dtype, Verdict.WAIVED if waiver else Verdict.FAIL,
+                    0, 1, law.floor(self._setting.level),
+                    message=f"{waiver.reason}: {ending}" if waiver else ending,
+                    seconds=time.perf_counter() - begin,
                 )  # fmt: skip
         return replace(result, printed=self._tail(since))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ Key = tuple[str, str, str]
 
 
 class JournalError(ValueError):
-    """A journal that belongs to another exam, or can't be written."""
+    """A journal that belongs to another exam, is damaged, or can't be written."""
 
 
 class JsonLines:
     """A file of records under a heading that says what they are about. A last line that was cut off is dropped.
 
     Raises:
-        JournalError: with ``resume``, the file has another heading; without, or then too, it can't be written.
+        JournalError: with ``resume``, the file has another heading or is damaged; without, or then too, it can't be
+            written.
     """
 
     other = "another exam"
@@ -40,15 +41,40 @@ class JsonLines:
         except OSError as error:
             raise JournalError(f"the journal {path} can't be written: {error.strerror or error}") from error
 
+    def take(self, record: dict[str, Any]) -> None:
+        """Called with every record of a file that is gone on with. Raises ValueError, LookupError, TypeError or
+        AttributeError where it is damaged."""
+
     def _read(self, own: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [data for line in lines if (data := _parsed(line)) is not None]
-        if not found or found[0] != own:
-            written = found[0] if found else {}
-            differ = [name for name in own if written.get(name) != own[name]]
-            told = [f"{name}: {written.get(name)!r}, now {own[name]!r}" for name in differ]
-            raise JournalError(f"{self.path} is of {self.other} ({'; '.join(told)}): start without resuming")
-        self.records = found[1:]
+        text = self.path.read_bytes().decode("utf-8", errors="replace")
+        if not text.strip():
+            raise JournalError(f"{self.path} is empty: start without resuming")
+        lines = text.split("\n")
+        # A line ends with a line feed; without one the writing was cut off.
+        cut_off = lines.pop()
+        if _parsed(cut_off) is not None:
+            lines.append(cut_off)
+        written = _parsed(lines[0]) if lines else None
+        if written is None:
+            raise self._damaged(1, "no heading")
+        if written != own:
+            raise JournalError(
+                f"{self.path} is of {self.other} ({'; '.join(_differences(written, own))}): start without resuming"
+            )
+        for number, line in enumerate(lines[1:], 2):
+            record = _parsed(line)
+            if record is None:
+                raise self._damaged(number, "no JSON object")
+            try:
+                self.take(record)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise self._damaged(number, f"{type(error).__name__}: {error}") from error
+            self.records.append(record)
+
+    def _damaged(self, number: int, why: str) -> JournalError:
+        return JournalError(
+            f"{self.path} is damaged in line {number} ({why}): delete the line or start without resuming"
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record down; it survives whatever comes next."""
@@ -62,9 +88,15 @@ class Journal(JsonLines):
     """The results of an exam."""
 
     def __init__(self, path: Path, heading: Mapping[str, Any], *, resume: bool) -> None:
+        self.results: dict[Key, Result] = {}
         super().__init__(path, heading, resume=resume)
-        found = (Result.from_json(record) for record in self.records)
-        self.results: dict[Key, Result] = {result.key: result for result in found}
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Keep a result of an earlier run."""
+        result = Result.from_json(record)
+        if json.loads(json.dumps(result.as_json())) != record:
+            raise ValueError("this is not all of a result, or more than one")
+        self.results[result.key] = result
 
     def add(self, result: Result) -> None:
         """Keep a result."""
@@ -75,6 +107,16 @@ class Journal(JsonLines):
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def _differences(written: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, entry by entry."""
+    for name in dict.fromkeys((*own, *written)):
+        old, new = written.get(name), own.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from (f"{name} of {told}" for told in _differences(old, new))
+        elif old != new:
+            yield f"{name}: {old!r}, now {new!r}"

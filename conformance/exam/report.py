@@ -9,6 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 REPORT_VERSION = 1
+# Characters of a message: what a backend raises may have a whole array in its text.
+LONGEST = 20_000
 
 
 class Verdict(StrEnum):
@@ -27,6 +29,14 @@ HOLDS = frozenset({Verdict.PASS, Verdict.NOT_CLAIMED, Verdict.WAIVED})
 
 # The law that passes where everything is refused.
 REFUSALS = "CLAIMS"
+
+
+def shortened(text: str) -> str:
+    """``text`` if it has at most :data:`LONGEST` characters, else head and tail and how much is left out between."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2 - 50
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Result:
     ``cases`` were run and claimed, out of ``tried``; ``floor`` is how many must run. ``shares`` has the worst use of
     an error bound of each case, ``exact`` counts comparisons for equality. ``message`` says what broke or is unknown,
     ``reasons`` why cases were not claimed, ``printed`` what the backend wrote to its standard streams. ``diagnosis``
-    names the mutants whose output the backend's equals.
+    names the mutants whose output the backend's equals. Messages and reasons are :func:`shortened`.
     """
 
     law: str
@@ -72,6 +82,10 @@ class Result:
     seconds: float = 0.0
     counterexample: Counterexample | None = None
     diagnosis: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", shortened(self.message))
+        object.__setattr__(self, "reasons", tuple(map(shortened, self.reasons)))
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -97,7 +111,8 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Report:
     """An exam as a whole. ``versions`` are those of translution and of what it ran on; ``expected`` counts the items
-    that the exam has, so that fewer ``results`` mean that it was cut short."""
+    that the exam has, so that fewer ``results`` mean that it was cut short. ``device`` is where a torch backend got its
+    tensors, ``limit`` the seconds that a case might take (None where nothing ran), ``waivers`` the file of them."""
 
     backend: str
     edition: str
@@ -107,6 +122,9 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    device: str = "cpu"
+    limit: float | None = None
+    waivers: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -147,6 +165,9 @@ class Report:
             "backend": self.backend,
             "edition": self.edition,
             "level": self.level,
+            "device": self.device,
+            "limit": self.limit,
+            "waivers": self.waivers,
             "holds": self.holds,
             "complete": self.complete,
             "expected": self.expected,
@@ -170,6 +191,9 @@ class Report:
             data["versions"],
             data["seconds"],
             tuple(data["notes"]),
+            data["device"],
+            data["limit"],
+            data["waivers"],
         )
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from translution.algorithms import ITEM_BYTES
-from translution.conformance.exam.examine import EDITION, LIMIT, Started, examine
-from translution.conformance.exam.law import QUICK, Law
-from translution.conformance.exam.report import Result
-from translution.conformance.exam.subject import LiveSubject
-from translution.conformance.exam.waivers import NO_WAIVERS, Waivers, read_waivers
+from translution.conformance.comparison import ComparisonError
+from translution.conformance.exam.examine import EDITION, LIMIT, Refused, Started, examine
+from translution.conformance.exam.law import QUICK, Law, Trial
+from translution.conformance.exam.report import Result, Verdict
+from translution.conformance.exam.subject import LiveSubject, Subject
+from translution.conformance.exam.waivers import DTYPES, NO_WAIVERS, Waivers, read_waivers
 from translution.conformance.laws import all_laws
 
 PACKAGES = ("translution", "numpy", "torch", "triton", "hypothesis")
-# complex128 is for derivatives by a complex step, not for tokens.
-EXAMINED = tuple(dtype for dtype in ITEM_BYTES if dtype != "complex128")
+EXAMINED = DTYPES
+# Seconds for a case; a clock can't be set to much more.
+LONGEST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +54,45 @@ class Setting:
         """The waivers of the file."""
         return NO_WAIVERS if self.waivers is None else read_waivers(Path(self.waivers), all_laws())
 
-    def examine(self, law: Law, subject: LiveSubject, waivers: Waivers, started: Started) -> Result:
-        """One item, of the edition or explored."""
+    def examine(self, law: Law, subject: LiveSubject, waivers: Waivers, started: Started, refused: Refused) -> Result:
+        """One item, of the edition or explored; ``refused`` is that of the backend."""
         if not self.explore:
             return examine(
-                law, subject, self.level, edition=self.edition, limit=self.limit, waivers=waivers, started=started
-            )
+                law, subject, self.level, edition=self.edition, limit=self.limit, waivers=waivers, started=started,
+                refused=refused,
+            )  # fmt: skip
         from translution.conformance.exam.explore import explore
 
         folder = None if self.database is None else Path(self.database)
-        return explore(law, subject, self.explore, database=folder, limit=self.limit, started=started)
+        reasons: dict[str, None] = {}
+        asked = excused(law, subject, waivers, reasons)
+        result = explore(asked, subject, self.explore, database=folder, limit=self.limit, started=started)
+        if reasons and result.verdict is Verdict.PASS:
+            return replace(result, verdict=Verdict.WAIVED, message="; ".join(reasons))
+        return result
+
+
+def excused(law: Law, subject: Subject, waivers: Waivers, reasons: dict[str, None]) -> Law:
+    """The law, but a case whose failure is waived holds; the reasons of such waivers are added to ``reasons``."""
+
+    def body(trial: Trial) -> Any:
+        try:
+            return law.body(trial)
+        except ComparisonError:
+            asked = trial.asked[-1] if trial.asked else None
+            waiver = waivers.find(law.id, subject.algorithm, subject.dtype, asked)
+            if waiver is None:
+                raise
+            reasons[waiver.reason] = None
+            return None
+
+    return replace(law, body=body)
+
+
+def check_limit(seconds: float) -> None:
+    """``ValueError`` where that is no time for a case."""
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"limit is {seconds:g}: give seconds, more than 0 and at most {LONGEST:,.0f}")
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,28 @@ class BackendFailure(ComparisonError):
     """The backend raised, or returned something that is no answer."""
 
 
+def told(error: BaseException) -> str:
+    """Type and message, whatever the message does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - its __str__ is the backend's
+        return f"{type(error).__name__}, whose message can't be read"
+
+
 class Subject(ABC):
     """Someone who answers questions in one dtype. ``arithmetic`` names the error model of its answers."""
 
     dtype: str
     algorithm: str
+
+    @cached_property
+    def checked(self) -> list[Request]:
+        """What it was asked whether it claims, since somebody emptied the list."""
+        return []
+
+    def refuses(self, request: Request) -> list[str]:
+        """Why it does not claim a request like this one, in its own dtype; empty where that is not known."""
+        return []
 
     @property
     def arithmetic(self) -> str:
@@ -108,11 +127,22 @@ class LiveSubject(Subject):
 
     def reasons(self, question: Question, *, gradient: bool = False) -> list[str]:
         """Why the backend does not claim this; empty where it does."""
-        recorded = gradient and self.backend.kind == "torch"
+        request = self.request(question, gradient=gradient and self.backend.kind == "torch")
+        self.checked.append(request)
         try:
-            return reasons_against(self.backend, self.request(question, gradient=recorded), self.algorithm)
-        except Exception as error:
-            raise BackendFailure(f"not_supported raised {type(error).__name__}: {error}") from error
+            return reasons_against(self.backend, request, self.algorithm)
+        except (Exception, SystemExit) as error:
+            raise BackendFailure(f"not_supported raised {told(error)}") from error
+
+    def refuses(self, request: Request) -> list[str]:
+        """As :class:`Subject` says."""
+        if request.gradient and self.backend.kind != "torch":
+            return []
+        try:
+            own = replace(request, dtype=self.dtype, device=self.device)
+            return reasons_against(self.backend, own, self.algorithm)
+        except (Exception, SystemExit):  # noqa: BLE001 - told when the case is run
+            return []
 
     def require_claim(self, question: Question) -> None:
         """As :class:`Subject` says."""
@@ -124,8 +154,8 @@ class LiveSubject(Subject):
         self.require_claim(question)
         try:
             found = run(**self.arguments(question), return_weights=question.return_weights)
-        except Exception as error:
-            raise BackendFailure(f"claimed, but raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise BackendFailure(f"claimed, but raised {told(error)}") from error
         if not question.return_weights:
             return Answer(self.widened("out", found, question.out_shape))
         if not isinstance(found, tuple) or len(found) != 2:
@@ -144,10 +174,10 @@ class LiveSubject(Subject):
             raise NotClaimed(reasons)
         try:
             out, found = vjp(**self.arguments(question), cotangent=self.native(question.cotangent))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            order = self.claims.gradient_order
             raise BackendFailure(
-                f"gradients are claimed (gradient_order {self.claims.gradient_order}), but vjp raised "
-                f"{type(error).__name__}: {error}"
+                f"gradients are claimed (gradient_order {order}), but vjp raised {told(error)}"
             ) from error
         if set(found.params) != set(question.params):
             raise BackendFailure(f"gradients for {sorted(found.params)}, parameters are {sorted(question.params)}")

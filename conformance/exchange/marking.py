@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,31 +45,40 @@ AGAIN = "export the exam again, answer that, and mark it with the same installat
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``manifest.json`` beside the answers says: every field may be left out."""
+    """What ``manifest.json`` beside the answers says: every field may be left out.
+
+    ``answered`` is how many answers were written when the program was through: it refuses all other questions.
+    """
 
     name: str
     arithmetic: Mapping[str, str]
     deterministic: bool
+    answered: int | None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """That of a folder; :class:`ExchangeError` where it says something it can't."""
         path = folder / MANIFEST
         data = read_json(path) if path.exists() else {}
-        kinds = {"name": str, "arithmetic": dict, "deterministic": bool}
+        kinds = {"name": str, "arithmetic": dict, "deterministic": bool, "answered": int}
         wrong = sorted(data.keys() - kinds.keys()) if isinstance(data, dict) else type(data).__name__
         if wrong:
             raise ExchangeError(f"{path}: {wrong}; the fields are {', '.join(kinds)}")
         for name, value in data.items():
-            if not isinstance(value, kinds[name]):
-                raise ExchangeError(f"{path}: {name} is a {type(value).__name__}, expected a {kinds[name].__name__}")
+            # JSON's true is no whole number.
+            if type(value) is not kinds[name]:
+                wanted = "number of files" if name == "answered" else kinds[name].__name__
+                raise ExchangeError(f"{path}: {name} is a {type(value).__name__}, expected a {wanted}")
         arithmetic = data.get("arithmetic", {})
         for dtype, used in arithmetic.items():
-            if dtype not in ACCEPTED or used not in ARITHMETIC:
+            if dtype not in ACCEPTED or not isinstance(used, str) or used not in ARITHMETIC:
                 raise ExchangeError(
                     f"{path}: arithmetic {dtype}: {used}; it maps {', '.join(ACCEPTED)} to {', '.join(ARITHMETIC)}"
                 )
-        return cls(data.get("name") or folder.resolve().name, arithmetic, data.get("deterministic", True))
+            if dtype == "float64" and used != dtype:
+                raise ExchangeError(f"{path}: arithmetic {dtype}: {used}; float64 is float64 (D3)")
+        name = data.get("name") or folder.resolve().name
+        return cls(name, arithmetic, data.get("deterministic", True), data.get("answered"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +201,9 @@ class OtherQuestion(BaseException):
 def mark(folder: str | Path, answers: str | Path, *, waivers: str | Path | None = None) -> Report:
     """Mark the answers to an exported exam.
 
-    A question without an answer is not claimed, nor is a law with too few answered cases that all hold; an answer that
-    is broken or of the wrong shape or dtype fails. The
+    A question without an answer is not claimed where the manifest says how many answers there are, and so many there
+    are; otherwise nobody knows whether an answer is missing, and the verdict on its law is UNKNOWN. A law with too few
+    answered cases that all hold is not claimed. An answer that is broken or of the wrong shape or dtype fails. The
     questions are drawn again here and compared with those on paper, so that nothing in ``folder`` is taken on trust.
 
     Raises:
@@ -225,16 +235,42 @@ def mark(folder: str | Path, answers: str | Path, *, waivers: str | Path | None 
                 )  # fmt: skip
             except OtherQuestion as error:
                 raise ExchangeError(f"{folder} has another question for {error}: {_why(paper)}{AGAIN}") from None
-            results.append(_explained(result, subject, paper))
+            explained = _explained(result, subject, paper)
+            if manifest.answered != len(answered):
+                explained = _unfinished(explained, paper, answered, manifest.answered)
+            results.append(explained)
     live = sum(law.live for law in all_laws().values())
     notes = (
-        f"{len(answered):,} of {len(paper.files):,} questions are answered",
+        f"{len(answered):,} of {len(paper.files):,} questions are answered{_rest(manifest, len(answered), paper)}",
         f"{live} laws look at a backend while it runs and are not part of a written exam",
     )
     return Report(
         manifest.name, paper.edition, paper.level, len(results), tuple(results), versions(),
-        time.perf_counter() - begin, notes,
+        time.perf_counter() - begin, notes, waivers=None if waivers is None else str(waivers),
     )  # fmt: skip
+
+
+def _rest(manifest: Manifest, answered: int, paper: Paper) -> str:
+    """What that means for the other questions."""
+    others = len(paper.files) - answered
+    if not others:
+        return ""
+    if manifest.answered == answered:
+        return f"; {MANIFEST} says that these are all, so that the other {others:,} are refused"
+    return f"; {others:,} answers are missing, or refused without saying so"
+
+
+def _unfinished(result: Result, paper: Paper, answered: Collection[str], said: int | None) -> Result:
+    """UNKNOWN for a law that lacks an answer, unless it fails anyway or is unknown for another reason."""
+    asked = frozenset[str]().union(
+        *(ids for (law, dtype, _), ids in paper.cases.items() if (law, dtype) == (result.law, result.dtype))
+    )
+    if asked <= {*answered} or result.verdict in (Verdict.FAIL, Verdict.UNKNOWN):
+        return result
+    own, total = f"{len(asked & {*answered})} of {len(asked)} questions are answered", len(answered)
+    counted = f"{MANIFEST} says {said} answers and there are {total}" if said is not None else "the others are missing"
+    message = f'{own}, and {counted}: where the program was through and refuses them, "answered": {total} says so'
+    return replace(result, verdict=Verdict.UNKNOWN, message=message)
 
 
 def _why(paper: Paper) -> str:

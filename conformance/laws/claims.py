@@ -14,7 +14,7 @@ from translution.algorithms import ALGORITHMS, Request
 from translution.arrays import FLOATS
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Question
-from translution.conformance.exam.subject import LiveSubject
+from translution.conformance.exam.subject import LiveSubject, told
 from translution.conformance.laws.sight import gradients
 from translution.conformance.strategies import draw_question
 from translution.errors import NotSupported
@@ -54,7 +54,7 @@ def _reasons(trial: Trial, subject: LiveSubject, request: Request) -> list[str]:
         try:
             answers.append(subject.backend.not_supported(asked, subject.algorithm))
         except Exception as error:  # noqa: BLE001 - whatever it raises is the finding
-            trial.require(False, f"not_supported raised {type(error).__name__}: {error}")
+            trial.require(False, f"not_supported raised {told(error)}")
     first = answers[0]
     proper = isinstance(first, list) and all(isinstance(reason, str) and reason.strip() for reason in first)
     trial.require(proper, f"not_supported gave {first!r}, expected a list of reasons")
@@ -88,8 +88,8 @@ def claims(trial: Trial) -> None:
     else:
         subject.run(question)
     if subject.claims.gradient_order < 1:
-        told = _refusal(subject, question.but(return_weights=False), gradient=True)
-        trial.require(told is not None, "gradient_order is 0, but vjp answers")
+        reply = _refusal(subject, question.but(return_weights=False), gradient=True)
+        trial.require(reply is not None, "gradient_order is 0, but vjp answers")
     elif not subject.reasons(question.but(return_weights=False), gradient=True):
         subject.vjp(question.but(return_weights=False))
     for other in sorted(set(ALGORITHMS) - set(subject.backend.algorithms)):
@@ -97,12 +97,12 @@ def claims(trial: Trial) -> None:
         trial.require(bool(_refusal(stranger, question)), f"has no algorithm {other}, but does not refuse it")
     own, alike = subject.backend, subject.request(question)
     if own.kind == "numpy":
-        told = _reasons(trial, subject, replace(alike, gradient=True))
-        trial.require(bool(told), "NumPy arrays record no gradient, but tensors that need one are not refused")
+        reply = _reasons(trial, subject, replace(alike, gradient=True))
+        trial.require(bool(reply), "NumPy arrays record no gradient, but tensors that need one are not refused")
     if "complex128" in own.dtypes:
         stranger = LiveSubject(own, subject.algorithm, "complex128", subject.device)
-        told = _refusal(stranger, question.but(return_weights=False, mask=None), gradient=True)
-        trial.require(told is not None, "there is no real gradient of complex numbers, but vjp answers in complex128")
+        reply = _refusal(stranger, question.but(return_weights=False, mask=None), gradient=True)
+        trial.require(reply is not None, "there is no real gradient of complex numbers, but vjp answers in complex128")
     held = FLOATS if subject.backend.kind == "torch" else FLOATS[:3]
     for other in sorted(set(held) - set(subject.backend.dtypes)):
         stranger = LiveSubject(subject.backend, subject.algorithm, other, subject.device)
@@ -150,7 +150,7 @@ def _trip_wires(own: Backend, tripped: list[str]) -> Iterator[None]:
             setattr(home, name, value)
 
 
-@law("NO-FALLBACK", clauses=("B1",), kills=("falls-back",), quick=24, full=48, live=True)
+@law("NO-FALLBACK", clauses=("B1",), kills=("falls-back",), quick=16, full=48, live=True)
 def no_fallback(trial: Trial) -> None:
     """While a backend computes, no other backend of the library is asked for or computes anything."""
     subject = trial.live()

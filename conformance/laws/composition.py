@@ -171,8 +171,14 @@ def summed(trial: Trial) -> None:
         tables = own["0.table"] + repeated(own["1.weight"], count) + own["2.down"] @ own["2.table"]
         return {"table": tables, "bias": own["0.bias"] + own.get("1.bias", 0)}
 
-    left = Sum((PerDisplacement(4, bias=True), Shared(4, bias=bias), LowRank(4)))
-    _rewritten(trial, "a sum against added tables", left, PerDisplacement(4, bias=True), added)
+    def both(own: Params, _count: int) -> Params:
+        return {"table": own["0.table"] + own["1.table"]}
+
+    kinds = Sum((PerDisplacement(4, bias=True), Shared(4, bias=bias), LowRank(4)))
+    twice = Sum((PerDisplacement(4), PerDisplacement(4)))
+    doubled = twice, PerDisplacement(4), both
+    left, right, relay = trial.draws.walk(((kinds, PerDisplacement(4, bias=True), added), doubled, doubled))
+    _rewritten(trial, "a sum against added tables", left, right, relay)
 
 
 @law("CONCAT", clauses=("E2", "E9"), kills=("concat-not-per-head", "concat-parts-reversed"))

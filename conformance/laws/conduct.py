@@ -15,7 +15,7 @@ from translution.conformance.comparison import as_numpy
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Array, Question, rounded
-from translution.conformance.exam.subject import BackendFailure, LiveSubject, NotClaimed
+from translution.conformance.exam.subject import BackendFailure, LiveSubject, NotClaimed, told
 from translution.conformance.laws.sight import BATCHES
 from translution.conformance.strategies import draw_question
 from translution.execution import run, vjp
@@ -33,7 +33,7 @@ def _call(trial: Trial, question: Question, arguments: Arguments) -> Results:
     try:
         found = run(**arguments, return_weights=question.return_weights)
     except Exception as error:
-        raise BackendFailure(f"claimed, but raised {type(error).__name__}: {error}") from error
+        raise BackendFailure(f"claimed, but raised {told(error)}") from error
     return {"out": found[0], "weights": found[1]} if question.return_weights else {"out": found}
 
 
@@ -46,7 +46,7 @@ def _pull(trial: Trial, question: Question, arguments: Arguments, cotangent: Any
     try:
         out, found = vjp(**arguments, cotangent=cotangent)
     except Exception as error:
-        raise BackendFailure(f"gradients are claimed, but raised {type(error).__name__}: {error}") from error
+        raise BackendFailure(f"gradients are claimed, but raised {told(error)}") from error
     own = {"out of vjp": out, **found.params, "x": found.x}
     return own if found.y is None else own | {"y": found.y}
 
@@ -212,6 +212,8 @@ def owned(trial: Trial) -> None:
             trial.require(not _shares(value, memory), f"{name} shares memory with {partner}")
         trial.same(f"{name} after a later call", _bits(value), kept[name])
     for name, value in results.items():
+        if isinstance(value, np.ndarray) and not value.flags.writeable:
+            continue  # nobody can spoil it
         numbers = rounded(generator.integers(-9, 10, value.shape), trial.dtype)
         _overwrite(value, numbers)
         trial.same(f"{name} after it was written to", _bits(value), numbers)

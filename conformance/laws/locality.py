@@ -167,6 +167,11 @@ _TABLE_LAYOUTS = (
 
 _WIDE = Lattice((2, 3), kernel_size=(5, 3))
 _WIDE_ATTENTION = Operator(_WIDE, 4, 2, Shared(4), Shared(4), Shared(4), Softmax(bias=BiasTable()))
+# Of three displacements the last is never met, which is another row of the key's tables than of the others'.
+_RELATIVE = PerDisplacement(4)
+_BEYOND = Operator(
+    Lattice((5,), key_grid=(4,), kernel_size=3, offset=3), 3, 2, _RELATIVE, _RELATIVE, _RELATIVE, Softmax()
+)
 _WIDE_CONVOLUTION = Operator(_WIDE, 3, 2, PerDisplacement(4), relevance=Ones())
 
 
@@ -194,7 +199,7 @@ def _rows_in_use(question: Question, masked: bool) -> dict[str, BoolArray]:
 @law("UNUSED", clauses=("L3", "M1"), kills=("row-wraps",))
 def unused_rows(trial: Trial) -> None:
     """Rows of tables that no live pair uses have no effect, whatever numbers they hold, and a gradient of exactly 0."""
-    operator = trial.draws.walk((None, None, _WIDE_ATTENTION, None, _WIDE_CONVOLUTION))
+    operator = trial.draws.walk((None, _BEYOND, _WIDE_ATTENTION, None, _WIDE_CONVOLUTION))
     question = draw_question(
         trial.draws,
         trial.dtype,

@@ -10,7 +10,18 @@ import numpy as np
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Array, Question, rounded
-from translution.conformance.laws.sight import TRACERS, apart, check_traced, flat, link_counts, links_of, seen, tracer
+from translution.conformance.laws.sight import (
+    TRACERS,
+    apart,
+    check_traced,
+    flat,
+    key_side,
+    keys_of,
+    link_counts,
+    links_of,
+    seen,
+    tracer,
+)  # fmt: skip
 from translution.conformance.strategies import draw_layout, draw_question
 from translution.spec import (
     BiasTable,
@@ -179,6 +190,30 @@ def mask_absolute(trial: Trial) -> None:
     trial.within("live logits of -3e4 beside masked ones of 3e4", out, exact.value, exact.out)
 
 
+@law("MASK-FINITE", clauses=("M2", "M5"), kills=("large-negative-mask-is-absent",))
+def mask_finite(trial: Trial) -> None:
+    """Only -inf takes a pair away: a row whose mask is a low finite number on all keys has weights that add up to 1 all
+    the same, and so gives the value that all its keys have.
+    """
+    draws = trial.draws
+    layout = draws.walk((Lattice((2, 3)), Lattice((5,), causal=True), Lattice((3,), key_grid=(4,)), Lattice((2, 2))))
+    relevance = draws.walk((Softmax(), Softmax(scale=0.5), Softmax(bias=BiasTable())))
+    values: tuple[Encoder, ...] = (Identity(), Shared(4))
+    operator = Operator(layout, 4, 2, draws.pick(values), Shared(4), Shared(4), relevance)
+    question = apart(draw_question(draws, trial.dtype, operator=operator, masked=False, batch=(2,)))
+    keys = keys_of(question)
+    question = question.but(**{key_side(question): np.broadcast_to(keys[..., :1, :], keys.shape).copy()})
+    lowest = {"float16": -65504.0, "bfloat16": -(2.0**128 - 2.0**120)}.get(trial.dtype, float(np.finfo(np.float32).min))
+    numbers = rounded([-1e4, -1e9 if trial.dtype != "float16" else -3e4, lowest, 0.0], trial.dtype)
+    generator = draws.generator()
+    mask = np.broadcast_to(numbers[generator.integers(0, 4, (*question.weights_shape[:-1], 1))], question.weights_shape)
+    away = generator.random(mask.shape) < 0.3
+    away[..., 0] = False
+    exact = trial.budget(question)
+    out = trial.run(question.but(mask=np.where(away, -np.inf, mask))).out
+    trial.within("rows of one value under low masks", out, exact.value, 2 * exact.out)
+
+
 def _zero_padded(draws: Draws) -> Lattice:
     size = draws.pick(((3, 2), (2, 3), (3, 3)))
     registers = draws.pick((0, 0, 1))
@@ -225,6 +260,8 @@ def zero_token(trial: Trial) -> None:
     operator = Operator(layout, 3, 2, Shared(4, bias=True), relevance=relevance, **sides)
     question = apart(draw_question(draws, trial.dtype, operator=operator, integers=True, masked=False, batch=(2,)))
     _within_budget(trial, "beside live keys", question, trial.run(question).out)
+    some = question.but(mask=draws.generator().random(question.weights_shape) < 0.5)
+    _within_budget(trial, "beside masked keys", some, trial.run(some).out)
     nothing = question.but(mask=np.zeros((layout.num_queries, layout.num_keys), bool))
     out, zeros = trial.run(nothing).out, link_counts(layout)[:, -1:]
     shares = zeros if kind == "ones" else np.minimum(zeros, 1)
@@ -238,7 +275,7 @@ def zero_token(trial: Trial) -> None:
 @law("DOUBLE-LINKS", clauses=("L5", "M6", "B5"), kills=("double-links-once", "mask-first-link-only"))
 def double_links(trial: Trial) -> None:
     """A key that a continued border shows twice to a query counts twice, in sums, means and softmaxes, and a mask holds
-    for each of its appearances.
+    for each of its appearances. The weight of a pair is the sum over all of them.
     """
     draws = trial.draws
     boundary: Boundary = draws.walk(("circular", "replicate", "reflect"))
@@ -257,5 +294,10 @@ def double_links(trial: Trial) -> None:
     check_traced(trial, "twice linked", kind, question, trial.run(question).out)
     if kind == "convolution":
         return
-    masked = question.but(mask=generator.random(question.weights_shape) < 0.6)
-    check_traced(trial, "twice linked and masked", kind, masked, trial.run(masked).out)
+    shown = draws.walk((False, False, True))
+    masked = question.but(mask=generator.random(question.weights_shape) < 0.6, return_weights=shown)
+    answer = trial.run(masked)
+    check_traced(trial, "twice linked and masked", kind, masked, answer.out)
+    if answer.weights is not None:
+        exact = trial.budget(masked)
+        trial.within("weights of pairs", answer.weights, exact.weights, exact.weights_bound)

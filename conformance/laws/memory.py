@@ -91,8 +91,11 @@ def memory(trial: Trial) -> None:
     attention = Operator(layout, WIDTH, 2, plain, plain, plain)
     operator = draws.walk((softmax, native, softmax, attention, Operator(layout, WIDTH, 2, relative, relevance=Ones())))
     question = draw_question(draws, trial.dtype, operator=operator, masked=False, batch=(1,), cotangent=True)
-    trial.run(question)  # index arrays of the layout are kept from here on
+    out, exact = trial.run(question).out, trial.budget(question)  # index arrays of the layout are kept from here on
+    trial.within("out", out, exact.value, exact.out)
     answered = gradients(trial, question)
+    for name, gradient in () if answered is None else answered.gradients.items():
+        trial.within(f"gradient of {name}", gradient, exact.gradient_values[name], exact.gradients[name])
     links, layout = count_links(operator.layout), operator.layout
     tokens = (layout.num_queries + layout.num_keys) * (WIDTH + _features(operator) + operator.out_features)
     tables = sum(int(np.prod(shape)) for shape in operator.parameters.values())

@@ -253,7 +253,8 @@ def empty(trial: Trial) -> None:
         plain = Operator(NO_LINKS, 3, 2, Shared(4), Shared(4), Shared(4), Softmax(), _OUTPUT)
         relative = Operator(NO_LINKS, 3, 2, _RELATIVE, _RELATIVE, _RELATIVE, Softmax(bias=BiasTable()), _OUTPUT)
         pooled = Operator(NO_LINKS, 3, 2, _RELATIVE, relevance=Mixture(Mean(), Ones()), output=_OUTPUT)
-        operator = draws.walk((plain, relative, pooled, relative))
+        bare = Operator(NO_LINKS, 3, 2, PerDisplacement(4), relevance=Ones())
+        operator = draws.walk((plain, relative, draws.pick((pooled, bare)), bare))
     else:
         layout = draws.pick((Lattice((2, 3), kernel_size=1), Lattice((1, 3)), Lattice((4,), kernel_size=2)))
         plain = Operator(layout, 3, 3, Shared(3), Shared(3), Shared(3))
@@ -265,7 +266,8 @@ def empty(trial: Trial) -> None:
     exact, out = trial.budget(question), trial.run(question).out
     trial.within("out", out, exact.value, exact.out)
     if kind == "links":
-        trial.same("rows without links", out, np.broadcast_to(question.params["output.bias"], out.shape))
+        bias = question.params.get("output.bias", np.zeros(1))
+        trial.same("rows without links", out, np.broadcast_to(bias, out.shape))
     found = gradients(trial, question)
     for name, gradient in () if found is None else found.gradients.items():
         trial.within(f"gradient of {name}", gradient, exact.gradient_values[name], exact.gradients[name])

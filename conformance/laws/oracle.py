@@ -19,7 +19,18 @@ from translution.conformance.laws.definition import (
     slope,
 )
 from translution.conformance.strategies import LAYOUT_KINDS, RELEVANCES, draw_layout, draw_question
-from translution.spec import Lattice, Layout, Mixture, Operator, PerDisplacement, Rotary, Shared, Softmax
+from translution.spec import (
+    Concat,
+    Encoder,
+    Lattice,
+    Layout,
+    Mixture,
+    Operator,
+    PerDisplacement,
+    Rotary,
+    Shared,
+    Softmax,
+)
 from translution.spec.encoders import Pairing
 
 Option = TypeVar("Option")
@@ -140,8 +151,8 @@ _ROTARY_KILLS = (
 @law("ROTARY", clauses=("E10", "L1", "L6"), kills=_ROTARY_KILLS, quick=10, full=30)
 def rotary(trial: Trial) -> None:
     """Queries and keys that are rotated by their own positions, with several frequencies for each axis, on lattices of
-    one and two axes: results are the definition's, up to the error bound of each element. Registers and zero tokens are
-    not rotated.
+    one to three axes: results are the definition's, up to the error bound of each element. Registers and zero tokens
+    are not rotated.
     """
     draws = trial.draws
     # Plain attention, which native kernels claim, comes up in two cases of five.
@@ -151,11 +162,16 @@ def rotary(trial: Trial) -> None:
         return isinstance(layout, Lattice) and layout.rank < 3 and layout.num_keys > 2
 
     layout = draw_layout(draws, kinds=kinds, accepted=turned)
+    three = Lattice((2, 2, 3)), Lattice((2, 1, 2), key_grid=(2, 2, 2), offset=(1, 0, 3))
+    layout = draws.walk((layout, layout, layout, draws.pick(three)))
+    assert isinstance(layout, Lattice)
     pairings: tuple[Pairing, ...] = ("half", "interleaved")
     heads, base, pairing = draws.pick((2, 1, 3)), draws.pick((10000.0, 3.0)), draws.pick(pairings)
-    width = heads * draws.pick((8, 16))
+    width = heads * draws.pick((8, 16) if layout.rank < 3 else (6, 30))
     inner = Shared(width, bias=True) if draws.some(0.7) else PerDisplacement(width, bias=True)
-    turn = Rotary(inner, base, pairing)
+    turn: Encoder = Rotary(inner, base, pairing)
+    beside = PerDisplacement(2 * heads)
+    turn = draws.walk((turn, turn, Concat((beside, turn)), Concat((turn, beside)), turn))
     operator = Operator(layout, 4, heads, Shared(2 * heads), turn, turn, Softmax())
     question = draw_question(draws, trial.dtype, operator=operator)
     got, want, allowed = trial.run(question), defined(question), trial.budget(question)

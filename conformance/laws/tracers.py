@@ -301,8 +301,10 @@ def causal_tracer(trial: Trial) -> None:
     """In a causal layout a query sees exactly the keys that stand at or before it, by position: in raster order, or
     along the flagged axes; a register sees the registers up to itself.
     """
-    if trial.draws.walk((False, True, False, False)):
-        return trace_value(trial, _causal_window(trial.draws), biased=False)
+    shift = Lattice((6,), kernel_size=3, boundary="shift", causal=True)
+    window = trial.draws.walk((None, _causal_window(trial.draws), None, shift))
+    if window is not None:
+        return trace_value(trial, window, biased=False)
     kinds = ("causal-grid", "causal-line", "causal-axes", "cross-grid", "shift", "window", "window-zeros")
     return _any_role(trial, kinds, lambda found: isinstance(found, Lattice) and found.causal is not False)
 

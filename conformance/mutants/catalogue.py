@@ -7,7 +7,7 @@ from importlib import import_module
 from translution.conformance.mutants.mutant import Mutant, registered
 from translution.registry import Backend
 
-FAMILIES = ("index", "boundary", "mask", "encoder", "relevance", "number", "gradient", "conduct", "claims")
+FAMILIES = ("index", "boundary", "mask", "encoder", "relevance", "number", "size", "gradient", "conduct", "claims")
 
 
 def catalogue() -> dict[str, Mutant]:

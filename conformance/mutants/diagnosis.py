@@ -22,12 +22,13 @@ from translution.conformance.mutants.catalogue import catalogue
 from translution.conformance.mutants.mutant import Mutant
 from translution.conformance.rounding import ARITHMETIC, Arithmetic
 from translution.conformance.strategies import draw_question
-from translution.spec import Lattice, Operator, PerDisplacement, Rotary, Shared
+from translution.spec import Clip, Lattice, Operator, PerDisplacement, Rotary, Shared
 
 SALT = "diagnosis"
 # Chosen by scripts/choose_probes.py: few questions that show every mutant, most of them several times.
 NUMBERS = (
-    10, 12, 20, 32, 38, 41, 42, 80, 81, 89, 101, 102, 119, 134, 136, 149, 152, 156, 165, 176, 197, 198, 200, 220, 231,
+    10, 16, 20, 24, 32, 33, 41, 42, 59, 60, 80, 81, 85, 101, 102, 104, 108, 113, 119, 132, 134, 136, 149, 152, 153, 156,
+    165, 169, 181, 197, 198, 216, 218, 220, 226, 231,
 )  # fmt: skip
 # The bound is that of the right answer. A mistake may make logits or results larger, and errors with them; two answers
 # are compared, each with its own error.
@@ -121,8 +122,14 @@ def _rotated(dtype: str) -> Question:
     )
 
 
+def _clipped(dtype: str) -> Question:
+    """Far displacements on both sides of those with a row of their own."""
+    operator = Operator(Lattice((6,), far=Clip(2)), 4, 2, PerDisplacement(4), Shared(4), Shared(4))
+    return draw_question(SeededDraws(1, SALT), dtype, operator=operator)
+
+
 # What is drawn too seldom to be chosen, or never: numbers -1, -2 and so on.
-RARE: tuple[Callable[[str], Question], ...] = (_rotated, _with_nan(2, live=False), _with_nan(3, live=True))
+RARE: tuple[Callable[[str], Question], ...] = (_rotated, _with_nan(2, live=False), _with_nan(3, live=True), _clipped)
 
 
 @lru_cache(maxsize=8)

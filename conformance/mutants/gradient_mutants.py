@@ -240,3 +240,57 @@ class SecondOrderZero(Naive):
 
         weights = own(operator, params, x, y, mask)[1]
         return FirstOrder.apply(result, x, y, *params.values()), weights  # type: ignore[no-untyped-call]
+
+
+class Recorded(Naive):
+    """Its ``vjp`` is right; what a call records may be not."""
+
+    def vjp(
+        self, request: Request, algorithm: str, params: Mapping[str, Tensor], inputs: Inputs, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
+        return Naive().vjp(request, algorithm, params, inputs, cotangent)
+
+
+@mutant("autograd-detached", "gives results without a graph, and the right vjp", clause="B1", visible=False)
+class AutogradDetached(Recorded):
+    def stored(self, result: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().stored(result, dtype).detach()
+
+
+@mutant("autograd-halved", "records half the gradient, and gives the right vjp", clause="B1", visible=False)
+class AutogradHalved(Recorded):
+    def stored(self, result: Tensor, dtype: torch.dtype) -> Tensor:
+        return with_gradient(super().stored(result, dtype), lambda gradient: gradient / 2)
+
+
+@mutant("mask-gradient-missing", "passes no gradient to a float mask", clause="M2", visible=False)
+class MaskGradientMissing(Naive):
+    def mask_added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().mask_added(mask.detach(), dtype)
+
+
+class Untangential(torch.autograd.Function):
+    """A tensor as it is, whose derivative along any direction is 0."""
+
+    @staticmethod
+    def forward(out: Tensor) -> Tensor:
+        return out.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is needed later."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return cotangents[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return torch.zeros_like(tangents[0])
+
+
+@mutant("forward-mode-zero", "gives 0 for derivatives along a direction", clause="B1", visible=False)
+class ForwardModeZero(Naive):
+    def stored(self, result: Tensor, dtype: torch.dtype) -> Tensor:
+        found: Tensor = Untangential.apply(super().stored(result, dtype))  # type: ignore[no-untyped-call]
+        return found

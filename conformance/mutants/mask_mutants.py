@@ -36,6 +36,13 @@ class FloatMaskAsBool(Naive):
         return super().mask_added(mask if mask.dtype == torch.bool else mask > -torch.inf, dtype)
 
 
+@mutant("large-negative-mask-is-absent", "takes mask values below -9999 for -inf", clause="M2", visible=False)
+class LargeNegativeMaskIsAbsent(Naive):
+    def mask_added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        found = super().mask_added(mask, dtype)
+        return torch.where(found < -9999, -torch.inf, found)
+
+
 @mutant("float-mask-ignored", "ignores float masks", clause="M2")
 class FloatMaskIgnored(Naive):
     def mask_added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:

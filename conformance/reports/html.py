@@ -108,7 +108,9 @@ def _header(report: Report, broken: bool) -> Html:
         ),
         *(tag("p", note, class_="note") for note in report.notes),
         tag("ul", *chips, class_="chips", aria_label="Results by verdict"),
-        _listing([("edition", report.edition), ("level", report.level), ("versions", versions)]),
+        _listing(
+            [("edition", report.edition), ("level", report.level), ("device", report.device), ("versions", versions)]
+        ),
         tag("nav", *(tag("a", text, href=f"#{place}") for place, text in jumps), aria_label="On this page"),
     )
 

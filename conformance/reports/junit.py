@@ -31,8 +31,10 @@ def junit_xml(report: Report, laws: Mapping[str, Law]) -> str:
             properties = {
                 "edition": report.edition,
                 "level": report.level,
+                "device": report.device,
                 **{f"version {name}": version for name, version in report.versions.items()},
                 "cases run": str(sum(result.cases for result in own)),
+                **{f"note {n}": note for n, note in enumerate(report.notes, 1)},
             }
             listed = ET.SubElement(suite, "properties")
             for name, value in properties.items():

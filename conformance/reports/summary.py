@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from translution.conformance.exam.examine import LIMIT
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import HOLDS, Counterexample, Report, Result, Verdict
 from translution.conformance.reports.clauses import TITLES
@@ -105,8 +106,9 @@ def clauses(law: Law | None) -> list[str]:
 
 def command(report: Report, result: Result) -> str:
     """The command line that examines this law, algorithm and dtype again."""
+    waived = [] if report.waivers is None else ["--waivers", report.waivers]
     if result.algorithm == WRITTEN:
-        return "translution conform --import DIR"
+        return shlex.join(clean(word) for word in ["translution", "conform", "--import", "DIR", *waived])
     words = ["translution", "conform", report.backend, "--law", result.law]
     words += ["--algorithm", result.algorithm, "--dtype", result.dtype]
     if report.edition == EXPLORED:
@@ -114,6 +116,9 @@ def command(report: Report, result: Result) -> str:
         words += ["--explore", str(max(result.tried, 1))]
     elif report.level != "quick":
         words += ["--level", report.level]
+    words += [] if report.device == "cpu" else ["--device", report.device]
+    words += [] if report.limit in (None, LIMIT) else ["--limit", f"{report.limit:.12g}"]
+    words += waived
     return shlex.join(clean(word) for word in words)
 
 
@@ -184,7 +189,9 @@ def headline(report: Report) -> str:
         counts = [f"{count:,} {v.value}" for v, count in report.counts.items() if count and v not in HOLDS]
         why.append(", ".join(counts))
     if not why:
-        why.append("nothing that had to be computed passed: the backend claims none of it")
+        waived = any(result.verdict is Verdict.WAIVED for result in report.results)
+        rest = "what is claimed is waived" if waived else "the backend claims none of it"
+        why.append(f"nothing that had to be computed passed: {rest}")
     return f"The exam does not hold: {'; '.join(why)}."
 
 

@@ -51,7 +51,7 @@ IN_FULL, LISTED, MESSAGES, REASONS, TITLED = 6, 30, 3, 8, 8
 
 
 def show_report(report: Report, laws: Mapping[str, Law], console: Console | None = None) -> bool:
-    """Print a report: heading, matrix, legend, what is not claimed or waived, failures, closing line.
+    """Print a report: heading, matrix, legend, what is not claimed or waived, failures, verdict and notes.
 
     Returns:
         Whether the exam holds.
@@ -60,11 +60,9 @@ def show_report(report: Report, laws: Mapping[str, Law], console: Console | None
 
     out = console or _console()
     out.print(Text(f"conformance of {clean(report.backend)}", "bold"))
-    about = [f"edition {report.edition}", f"level {report.level}"]
+    about = [f"edition {report.edition}", f"level {report.level}", f"device {report.device}"]
     about += [f"{name} {version}" for name, version in report.versions.items()]
     out.print(Text(clean(", ".join(about)), "dim"))
-    for note in report.notes:
-        out.print(Text(clean(note), "yellow"))
     for table in _matrix(report, laws, out.width):
         out.print(table)
         out.print()
@@ -75,6 +73,8 @@ def show_report(report: Report, laws: Mapping[str, Law], console: Console | None
         out.print(Text(clean(line), "bold yellow"))
     out.print(Text(headline(report), "bold green" if report.holds else "bold red"))
     out.print(Text(figures(report)))
+    for note in report.notes:
+        out.print(Text(clean(note), "yellow"))
     return report.holds
 
 

@@ -193,6 +193,7 @@ class Pass:
             np.add.at(dy, (slice(None), j), self.encoders["value"].backward(tokens, to, part, gradients))
         if isinstance(self.operator.relevance, Softmax):
             slopes = self.weights * (slopes - (self.weights * slopes).sum(-1, keepdims=True))
+            slopes = np.where(self.live, slopes, self.type(0))  # in a row with NaN a masked pair stays absent
             if self.operator.relevance.bias is not None:
                 gradients["relevance.bias"] += slopes.sum((0, 2))
         if self.content:
