@@ -210,7 +210,7 @@ def test_exploring_goes_on_behind_a_waived_case() -> None:
 
     def explored(*whens: dict[str, Any]) -> Result:
         waivers = Waivers(tuple(Waiver("A-LAW", f"reason {when}", TODAY, when=when) for when in whens))
-        return setting.examine(law, subject, waivers, lambda _: None)
+        return setting.examine(law, subject, waivers, lambda _: None, {})
 
     for causal, other in ((True, "grid"), (False, "causal-line")):
         found = explored({"layout.causal": causal})

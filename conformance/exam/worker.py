@@ -22,7 +22,7 @@ from typing import Any
 from translution.conformance.exam.examine import NO_ANSWER, Refused, Started
 from translution.conformance.exam.examiner import CannotExamine
 from translution.conformance.exam.report import Result, Verdict, shortened
-from translution.conformance.exam.setting import EXAMINED, Setting, versions
+from translution.conformance.exam.setting import EXAMINED, Setting, excused, versions
 from translution.conformance.exam.subject import LiveSubject
 from translution.conformance.exam.waivers import Waivers
 from translution.conformance.laws import all_laws
@@ -67,7 +67,9 @@ class Desk:
             from translution.conformance.exam.explore import smaller
 
             seconds = min(self._seconds, SHRINKING)
-            found = smaller(self.laws[result.law], subject, seconds, limit=self.setting.limit, started=started)
+            # Not a case that is waived.
+            law = excused(self.laws[result.law], subject, self.waivers, {})
+            found = smaller(law, subject, seconds, limit=self.setting.limit, started=started)
             if found is not None and result.counterexample is not None:
                 message, shown = found
                 shown = replace(shown, number=result.counterexample.number)

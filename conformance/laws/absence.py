@@ -77,7 +77,7 @@ def _absent(draws: Draws, dtype: str, cotangent: bool) -> tuple[Question, Questi
     """
     layout = draws.walk((draws.walk(_UNLINKED), None))
     operator = draw_operator(draws, layout=layout)
-    if layout is not None and draws.some(0.7):
+    if layout is not None and draws.walk((True, True, False)):
         operator = Operator(layout, 3, 2, Shared(4), Shared(4), Shared(4), Softmax())
     masked = None if layout is None else False
     question = draw_question(
