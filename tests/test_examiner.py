@@ -226,3 +226,14 @@ def test_a_worker_does_not_outlive_its_parent(attribute: str, how: signal.Signal
         parent.stdout.close()
         if lives(worker):
             os.kill(worker, signal.SIGKILL)
+
+
+def test_after_a_case_without_an_answer_the_process_is_another() -> None:
+    """What the interruption of a backend leaves behind does not reach the next law."""
+    with Examiner("translution.conformance.mutants.misbehaving:hangs", Setting(limit=0.3)) as examiner:
+        assert examiner._process is not None
+        first = examiner._process.pid
+        found = examiner.examine(all_laws()["COUNT"], "pairwise", "float64")
+        assert found.message.startswith("no answer within")
+        assert examiner.examine(all_laws()["CLAIMS"], "pairwise", "float64").law == "CLAIMS"
+        assert examiner._process is None or examiner._process.pid != first

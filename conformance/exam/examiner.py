@@ -15,6 +15,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import IO, Any, Self
 
+from translution.conformance.exam.examine import NO_ANSWER
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import Result, Verdict
 from translution.conformance.exam.setting import LONGEST, Setting
@@ -180,7 +181,11 @@ class Examiner:
                     message=f"{waiver.reason}: {ending}" if waiver else ending,
                     seconds=time.perf_counter() - begin,
                 )  # fmt: skip
-        return replace(result, printed=self._tail(since))
+        told = replace(result, printed=self._tail(since))
+        if result.message.startswith(NO_ANSWER):
+            # What an interruption left behind must not spoil the next law.
+            self._stop()
+        return told
 
     def _send(self, item: list[str]) -> None:
         assert self._process is not None
