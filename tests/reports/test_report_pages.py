@@ -10,12 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from translution.conformance.exam.examine import examine
 from translution.conformance.exam.law import Law
-from translution.conformance.exam.report import Counterexample, Report, Result, Verdict
-from translution.conformance.exam.subject import LiveSubject
-from translution.conformance.laws import all_laws
-from translution.conformance.mutants.catalogue import catalogue
+from translution.conformance.exam.report import Report, Result, Verdict
 from translution.conformance.reports.html import html_page, write_html
 from translution.conformance.reports.markup import join, tag
 from translution.conformance.reports.strips import Axis
@@ -25,44 +21,6 @@ from translution.conformance.reports.words import operator_words
 from translution.spec import Mean, Operator, Shared
 from translution.spec.layout import Lattice
 from translution.spec.serialization import operator_to_data
-
-HOSTILE = "my.pkg:<script>alert(1)</script>&\"'"
-ODD = "off \x00by\x1b[31m one ]]> \ud800 \ufffe </pre><img src=x onerror=alert(2)> \x85\u202e"
-
-
-@pytest.fixture(scope="module")
-def laws() -> dict[str, Law]:
-    return all_laws()
-
-
-@pytest.fixture(scope="module")
-def real(laws: dict[str, Law]) -> Report:
-    """The report of a mistaken backend; two of its results hold."""
-    backend = catalogue()["value-mirrored"].backend
-    results = tuple(
-        examine(laws[name], LiveSubject(backend, backend.algorithms[0], dtype), "quick")
-        for name in ("ORACLE", "VALUE-TRACER", "QUERY-TRACER")
-        for dtype in ("float64", "float32")
-    )
-    return Report(str(backend.name), "2026.1", "quick", len(results), results, {"translution": "0.1.0"}, 1.5)
-
-
-def example(law: str = "ORACLE", number: int = 3) -> Counterexample:
-    operator = Operator(Lattice((2, 3)), 4, 2, Shared(6), relevance=Mean())
-    return Counterexample(number, f"{law} asks", operator_to_data(operator), {"x": [1, 6, 4]}, 2)
-
-
-def every_verdict() -> Report:
-    results = (
-        Result("ORACLE", "pairwise", "float64", Verdict.PASS, 4, 4, 4, 8, 0.25, (0.25, 0.0, 1e-12, 0.1)),
-        Result("ORACLE", "pairwise", "float16", Verdict.NOT_CLAIMED, 0, 48, 4, reasons=("no float16 here",)),
-        Result("ORACLE", "stream", "float64", Verdict.FAIL, 1, 2, 4, message=ODD, counterexample=example(),
-               printed=ODD, diagnosis=("value-mirrored",), shares=(0.5,), worst_share=0.5),
-        Result("VALUE-TRACER", "pairwise", "float64", Verdict.UNKNOWN, 1, 48, 4, message="only 1 of 4 cases ran"),
-        Result("VALUE-TRACER", "stream", "float64", Verdict.WAIVED, 4, 4, 4, message="known since May"),
-    )  # fmt: skip
-    return Report(HOSTILE, "2026.1", "full", 5, results, {"translution": "0.1.0", "torch": "<2>"}, 3.25, ("a note",),
-                  "cuda:1", 30.0, "known failures.toml")  # fmt: skip
 
 
 def many(count: int) -> Report:
@@ -115,19 +73,21 @@ class Page(HTMLParser):
         return [attributes for element, attributes in self.elements if element == name]
 
 
-def test_html_escapes_what_the_backend_says(laws: dict[str, Law]) -> None:
-    text = html_page(every_verdict(), laws)
+def test_html_escapes_what_the_backend_says(
+    laws: dict[str, Law], every_verdict: Report, hostile: str, odd: str
+) -> None:
+    text = html_page(every_verdict, laws)
     page = Page(text)
     assert len(page.all("script")) == 1
     assert page.all("img") == []
-    assert HOSTILE in page.text
-    assert clean(ODD) in page.text
+    assert hostile in page.text
+    assert clean(odd) in page.text
     assert "\x1b" not in text
     text.encode()
 
 
-def test_html_needs_nothing_else(real: Report, laws: dict[str, Law]) -> None:
-    for report in (real, every_verdict()):
+def test_html_needs_nothing_else(real: Report, laws: dict[str, Law], every_verdict: Report) -> None:
+    for report in (real, every_verdict):
         page = Page(html_page(report, laws))
         assert {name for name, _ in page.elements} & {"link", "iframe", "object", "embed", "base"} == set()
         for _, attributes in page.elements:
@@ -142,8 +102,8 @@ def test_html_needs_nothing_else(real: Report, laws: dict[str, Law]) -> None:
         assert re.search(r"https?:|url\(|@import|fetch|import\(", file.read_text()) is None
 
 
-def test_html_has_every_item_as_text_under_real_headings(laws: dict[str, Law]) -> None:
-    page = Page(html_page(every_verdict(), laws))
+def test_html_has_every_item_as_text_under_real_headings(laws: dict[str, Law], every_verdict: Report) -> None:
+    page = Page(html_page(every_verdict, laws))
     assert {heading["scope"] for heading in page.all("th")} == {"col", "colgroup", "row", "rowgroup"}
     for text in ("ORACLE", "25%", "NOT CLAIMED", "FAIL", "UNKNOWN", "WAIVED", "no float16 here", "known since May",
                  "only 1 of 4 cases ran", "Lattice(grid=(2, 3))", "a note", "cuda:1"):  # fmt: skip
@@ -151,8 +111,8 @@ def test_html_has_every_item_as_text_under_real_headings(laws: dict[str, Law]) -
     assert any(part == laws["VALUE-TRACER"].statement for part in page.text)
 
 
-def test_html_forbids_what_it_does_not_contain(laws: dict[str, Law], tmp_path: Path) -> None:
-    write_html(every_verdict(), laws, tmp_path / "page.html")
+def test_html_forbids_what_it_does_not_contain(laws: dict[str, Law], tmp_path: Path, every_verdict: Report) -> None:
+    write_html(every_verdict, laws, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     (policy,) = (meta["content"] or "" for meta in Page(text).all("meta") if "http-equiv" in meta)
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
@@ -183,8 +143,10 @@ def test_strips_put_shares_in_their_place() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])
-def test_terminal_shows_every_broken_result(width: int, real: Report, laws: dict[str, Law]) -> None:
-    for report in (real, every_verdict()):
+def test_terminal_shows_every_broken_result(
+    width: int, real: Report, laws: dict[str, Law], every_verdict: Report
+) -> None:
+    for report in (real, every_verdict):
         text = shown(report, laws, width)
         assert max(map(len, text.splitlines())) <= width
         told = words(text).replace(" ", "")
@@ -195,8 +157,8 @@ def test_terminal_shows_every_broken_result(width: int, real: Report, laws: dict
         assert headline(report).replace(" ", "") in told
 
 
-def test_terminal_spells_out_what_did_not_pass(laws: dict[str, Law]) -> None:
-    text = words(shown(every_verdict(), laws, 160))
+def test_terminal_spells_out_what_did_not_pass(laws: dict[str, Law], every_verdict: Report) -> None:
+    text = words(shown(every_verdict, laws, 160))
     for part in ("NOT CLAIMED: the backend says", "WAIVED: it fails", "UNKNOWN: nobody knows",
                  "1 item: no float16 here", "VALUE-TRACER (stream float64): known since May",
                  "equals that of the mutant value-mirrored", "level full, device cuda:1, translution 0.1.0",

@@ -15,61 +15,19 @@ from xml.etree import ElementTree as ET
 import jsonschema
 import pytest
 
-from translution.conformance.exam.examine import LIMIT, examine
+from translution.conformance.exam.examine import LIMIT
 from translution.conformance.exam.explore import explore
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import LONGEST, REPORT_VERSION, Counterexample, Report, Result, Verdict
 from translution.conformance.exam.subject import LiveSubject
-from translution.conformance.laws import all_laws
 from translution.conformance.mutants.catalogue import catalogue
 from translution.conformance.reports.as_json import SCHEMA_FILE, ReportError, read_json, report_schema, write_json
 from translution.conformance.reports.clauses import TITLES
 from translution.conformance.reports.html import html_page
 from translution.conformance.reports.junit import junit_xml, write_junit
 from translution.conformance.reports.summary import clean, command, failures, headline
-from translution.spec import Mean, Operator, Shared
-from translution.spec.layout import Lattice
-from translution.spec.serialization import operator_to_data
 
-ROOT = Path(__file__).resolve().parents[1]
-HOSTILE = "my.pkg:<script>alert(1)</script>&\"'"
-ODD = "off \x00by\x1b[31m one ]]> \ud800 \ufffe </pre><img src=x onerror=alert(2)> \x85\u202e"
-
-
-@pytest.fixture(scope="module")
-def laws() -> dict[str, Law]:
-    return all_laws()
-
-
-@pytest.fixture(scope="module")
-def real(laws: dict[str, Law]) -> Report:
-    """The report of a mistaken backend; two of its results hold."""
-    backend = catalogue()["value-mirrored"].backend
-    results = tuple(
-        examine(laws[name], LiveSubject(backend, backend.algorithms[0], dtype), "quick")
-        for name in ("ORACLE", "VALUE-TRACER", "QUERY-TRACER")
-        for dtype in ("float64", "float32")
-    )
-    return Report(str(backend.name), "2026.1", "quick", len(results), results, {"translution": "0.1.0"}, 1.5)
-
-
-def example(law: str = "ORACLE", number: int = 3) -> Counterexample:
-    operator = Operator(Lattice((2, 3)), 4, 2, Shared(6), relevance=Mean())
-    return Counterexample(number, f"{law} asks", operator_to_data(operator), {"x": [1, 6, 4]}, 2)
-
-
-def every_verdict() -> Report:
-    results = (
-        Result("ORACLE", "pairwise", "float64", Verdict.PASS, 4, 4, 4, 8, 0.25, (0.25, 0.0, 1e-12, 0.1)),
-        Result("ORACLE", "pairwise", "float16", Verdict.NOT_CLAIMED, 0, 48, 4, reasons=("no float16 here",)),
-        Result("ORACLE", "stream", "float64", Verdict.FAIL, 1, 2, 4, message=ODD, counterexample=example(),
-               printed=ODD, diagnosis=("value-mirrored",), shares=(0.5,), worst_share=0.5),
-        Result("VALUE-TRACER", "pairwise", "float64", Verdict.UNKNOWN, 1, 48, 4, message="only 1 of 4 cases ran"),
-        Result("VALUE-TRACER", "stream", "float64", Verdict.WAIVED, 4, 4, 4, message="known since May"),
-    )  # fmt: skip
-    return Report(HOSTILE, "2026.1", "full", 5, results, {"translution": "0.1.0", "torch": "<2>"}, 3.25, ("a note",),
-                  "cuda:1", 30.0, "known failures.toml")  # fmt: skip
-
+ROOT = Path(__file__).resolve().parents[2]
 
 # JSON
 
@@ -93,16 +51,16 @@ def test_the_schema_has_the_fields_of_the_dataclasses(real: Report) -> None:
     assert schema["$defs"]["verdict"]["enum"] == [*Verdict] == schema["properties"]["counts"]["required"]
 
 
-def test_round_trip(real: Report, tmp_path: Path) -> None:
-    for report in (real, every_verdict(), Report("b", "2026.1", "quick", 0, ())):
+def test_round_trip(real: Report, tmp_path: Path, every_verdict: Report) -> None:
+    for report in (real, every_verdict, Report("b", "2026.1", "quick", 0, ())):
         write_json(report, tmp_path / "report.json")
         assert read_json(tmp_path / "report.json") == report
         assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("share", [float("nan"), float("inf")])
-def test_no_number_that_json_lacks(share: float, tmp_path: Path) -> None:
-    report = every_verdict()
+def test_no_number_that_json_lacks(share: float, tmp_path: Path, every_verdict: Report) -> None:
+    report = every_verdict
     wrong = replace(report, results=(replace(report.results[0], shares=(0.5, share)), *report.results[1:]))
     with pytest.raises(ReportError, match=re.escape(f"$.results[0].shares[1] is {share}")):
         write_json(wrong, tmp_path / "report.json")
@@ -135,9 +93,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_reports_are_refused_with_their_place(name: str, tmp_path: Path) -> None:
+def test_broken_reports_are_refused_with_their_place(name: str, tmp_path: Path, every_verdict: Report) -> None:
     breaks, message = BROKEN[name]
-    data = copy.deepcopy(json.loads(json.dumps(every_verdict().as_json())))
+    data = copy.deepcopy(json.loads(json.dumps(every_verdict.as_json())))
     breaks(data)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(data))
@@ -145,8 +103,8 @@ def test_broken_reports_are_refused_with_their_place(name: str, tmp_path: Path) 
         read_json(file)
 
 
-def test_the_same_item_twice_is_refused(tmp_path: Path) -> None:
-    report = every_verdict()
+def test_the_same_item_twice_is_refused(tmp_path: Path, every_verdict: Report) -> None:
+    report = every_verdict
     twice = replace(report, expected=6, results=(*report.results, report.results[0]))
     write_json(twice, tmp_path / "report.json")
     with pytest.raises(ReportError, match="ORACLE, pairwise, float64 twice"):
@@ -180,11 +138,13 @@ def test_an_explored_counterexample_can_be_written(laws: dict[str, Law], tmp_pat
 # JUnit
 
 
-def test_junit_has_every_result_with_the_right_counts(real: Report, laws: dict[str, Law], tmp_path: Path) -> None:
+def test_junit_has_every_result_with_the_right_counts(
+    real: Report, laws: dict[str, Law], tmp_path: Path, every_verdict: Report
+) -> None:
     elements = {
         "PASS": [], "NOT CLAIMED": ["skipped"], "WAIVED": ["skipped"], "UNKNOWN": ["error"], "FAIL": ["failure"],
     }  # fmt: skip
-    for report in (real, every_verdict()):
+    for report in (real, every_verdict):
         write_junit(report, laws, tmp_path / "report.xml")
         root = ET.parse(tmp_path / "report.xml").getroot()
         found = {
@@ -211,10 +171,10 @@ def test_junit_has_every_result_with_the_right_counts(real: Report, laws: dict[s
             assert values["version translution"] == "0.1.0"
 
 
-def test_junit_says_what_broke(laws: dict[str, Law]) -> None:
-    root = ET.fromstring(junit_xml(every_verdict(), laws))
+def test_junit_says_what_broke(laws: dict[str, Law], every_verdict: Report, odd: str) -> None:
+    root = ET.fromstring(junit_xml(every_verdict, laws))
     failure = next(root.iter("failure"))
-    assert failure.attrib["message"] == clean(ODD)
+    assert failure.attrib["message"] == clean(odd)
     text = failure.text or ""
     for part in (
         laws["ORACLE"].statement,
@@ -251,9 +211,9 @@ def test_clause_headings_are_those_of_the_specification() -> None:
     assert dict(re.findall(r"^### ([A-Z][0-9]+)\. (.*)$", text, flags=re.MULTILINE)) == TITLES
 
 
-def test_failures_are_grouped_and_the_telling_ones_come_first() -> None:
-    base = Result("A", "a", "float64", Verdict.FAIL, counterexample=example())
-    small = replace(example(), shrunk=True)
+def test_failures_are_grouped_and_the_telling_ones_come_first(example: Counterexample) -> None:
+    base = Result("A", "a", "float64", Verdict.FAIL, counterexample=example)
+    small = replace(example, shrunk=True)
     results = (
         replace(base, law="U", verdict=Verdict.UNKNOWN),
         base,
@@ -266,12 +226,12 @@ def test_failures_are_grouped_and_the_telling_ones_come_first() -> None:
     assert found[1].shown.counterexample == small
 
 
-def test_commands_can_be_given_to_a_shell() -> None:
-    report = every_verdict()
+def test_commands_can_be_given_to_a_shell(every_verdict: Report, hostile: str) -> None:
+    report = every_verdict
     line = command(report, report.results[2])
     split = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
     assert split.stdout.splitlines() == [
-        "translution", "conform", HOSTILE, "--law", "ORACLE", "--algorithm", "stream", "--dtype", "float64",
+        "translution", "conform", hostile, "--law", "ORACLE", "--algorithm", "stream", "--dtype", "float64",
         "--level", "full", "--device", "cuda:1", "--limit", "30", "--waivers", "known failures.toml",
     ]  # fmt: skip
     usual = replace(report, level="quick", device="cpu", limit=LIMIT, waivers=None)
