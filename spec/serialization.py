@@ -226,6 +226,14 @@ def _check_version(data: dict[str, Any]) -> None:
 
 
 @functools.cache
+def operator_schema() -> dict[str, Any]:
+    """The JSON Schema of operators (clause P2). Not to be changed."""
+    file = importlib.resources.files("translution.spec") / "schema" / SCHEMA_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+@functools.cache
 def _validator() -> "Validator":
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
@@ -233,10 +241,9 @@ def _validator() -> "Validator":
     def is_integer(_: object, value: object) -> bool:
         return type(value) is int
 
-    file = importlib.resources.files("translution.spec") / "schema" / SCHEMA_FILE
     strict = Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
     checker = extend(Draft202012Validator, type_checker=strict)
-    schema = json.loads(file.read_text(encoding="utf-8"))
+    schema = operator_schema()
     checker.check_schema(schema)
     return cast("Validator", checker(schema))
 

@@ -171,13 +171,12 @@ def examine(
             tally.reasons.update(dict.fromkeys(reasons))
             continue
         started(number)
-        subject.checked.clear()
         try:
             trial, returned = run_case(law, subject, draws_for(law, number, edition), limit)
         except NotClaimed as error:
             tally.reasons.update(dict.fromkeys(error.reasons))
-            if len(subject.checked) == 1:
-                refused[law.id, number] = subject.checked[0]
+            if error.request is not None and len(trial_of(error).asked) <= 1:
+                refused[law.id, number] = error.request
         except Rejected:
             tally.tried -= 1
         except (ComparisonError, Overtime) as error:

@@ -17,7 +17,7 @@ from translution.conformance.exam.draws import HypothesisDraws, Rejected
 from translution.conformance.exam.examine import LIMIT, Overtime, Started, counterexample, run_case, trial_of
 from translution.conformance.exam.law import Law
 from translution.conformance.exam.report import Counterexample, Result, Verdict
-from translution.conformance.exam.subject import NotClaimed, Subject
+from translution.conformance.exam.subject import NotClaimed, Subject, told
 from translution.progress import silently
 
 EXPLORED = -1  # the number of a case that is not of the edition
@@ -133,7 +133,7 @@ def explore(
     try:
         search.go(examples, number=None, database=own)
     except Exception as error:  # noqa: BLE001 - the law itself broke
-        message, verdict = f"the law itself failed: {type(error).__name__}: {error}", Verdict.UNKNOWN
+        message, verdict = f"the law itself failed: {told(error)}", Verdict.UNKNOWN
     if search.smallest.message:
         message, verdict = search.smallest.message, Verdict.FAIL
     elif not search.cases and verdict is Verdict.PASS:

@@ -113,9 +113,9 @@ class Trial:
         """The dtype of the answers."""
         return self.subject.dtype
 
-    def require_claim(self, question: Question) -> None:
-        """Before a long preparation: go on only with what the subject may claim."""
-        self.subject.require_claim(question)
+    def require_claim(self, question: Question, *, gradient: bool = False) -> None:
+        """Go on only with what the subject may claim: before a long preparation, or a call of one's own."""
+        self.subject.require_claim(question, gradient=gradient)
 
     def run(self, question: Question) -> Answer:
         """Ask for the result."""

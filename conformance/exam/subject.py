@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ from translution.registry import Backend, claims_of
 
 
 class NotClaimed(Exception):
-    """The subject does not claim to answer this question; carries its reasons."""
+    """The subject does not claim to answer this question; carries its reasons, and the request where it refused one."""
 
-    def __init__(self, reasons: list[str]) -> None:
+    def __init__(self, reasons: list[str], request: Request | None = None) -> None:
         super().__init__("; ".join(reasons))
-        self.reasons = reasons
+        self.reasons, self.request = reasons, request
 
 
 class BackendFailure(ComparisonError):
@@ -41,11 +40,6 @@ class Subject(ABC):
 
     dtype: str
     algorithm: str
-
-    @cached_property
-    def checked(self) -> list[Request]:
-        """What it was asked whether it claims, since somebody emptied the list."""
-        return []
 
     def refuses(self, request: Request) -> list[str]:
         """Why it does not claim a request like this one, in its own dtype; empty where that is not known."""
@@ -74,8 +68,8 @@ class Subject(ABC):
     def vjp(self, question: Question) -> Answer:
         """The result and all gradients of <cotangent, out>; raises as :meth:`run`."""
 
-    def require_claim(self, question: Question) -> None:  # noqa: B027 - others learn it when they are asked
-        """Raise :class:`NotClaimed` where that is known beforehand."""
+    def require_claim(self, question: Question, *, gradient: bool = False) -> None:  # noqa: B027 - see refuses
+        """Raise :class:`NotClaimed` where that is known before the question is asked."""
 
 
 class LiveSubject(Subject):
@@ -127,8 +121,13 @@ class LiveSubject(Subject):
 
     def reasons(self, question: Question, *, gradient: bool = False) -> list[str]:
         """Why the backend does not claim this; empty where it does."""
-        request = self.request(question, gradient=gradient and self.backend.kind == "torch")
-        self.checked.append(request)
+        return self._reasons(self._recording(question, gradient))
+
+    def _recording(self, question: Question, gradient: bool) -> Request:
+        """The request, where ``gradient`` with tensors that record one."""
+        return self.request(question, gradient=gradient and self.backend.kind == "torch")
+
+    def _reasons(self, request: Request) -> list[str]:
         try:
             return reasons_against(self.backend, request, self.algorithm)
         except (Exception, SystemExit) as error:
@@ -139,15 +138,15 @@ class LiveSubject(Subject):
         if request.gradient and self.backend.kind != "torch":
             return []
         try:
-            own = replace(request, dtype=self.dtype, device=self.device)
-            return reasons_against(self.backend, own, self.algorithm)
-        except (Exception, SystemExit):  # noqa: BLE001 - told when the case is run
+            return self._reasons(replace(request, dtype=self.dtype, device=self.device))
+        except BackendFailure:  # told when the case is run
             return []
 
-    def require_claim(self, question: Question) -> None:
+    def require_claim(self, question: Question, *, gradient: bool = False) -> None:
         """As :class:`Subject` says."""
-        if reasons := self.reasons(question):
-            raise NotClaimed(reasons)
+        request = self._recording(question, gradient)
+        if reasons := self._reasons(request):
+            raise NotClaimed(reasons, request)
 
     def run(self, question: Question) -> Answer:
         """As :class:`Subject` says."""
@@ -170,8 +169,7 @@ class LiveSubject(Subject):
         assert question.cotangent is not None
         if self.claims.gradient_order < 1:
             raise NotClaimed([f"{self.backend.name} claims no gradients (gradient_order 0)"])
-        if reasons := self.reasons(question, gradient=True):
-            raise NotClaimed(reasons)
+        self.require_claim(question, gradient=True)
         try:
             out, found = vjp(**self.arguments(question), cotangent=self.native(question.cotangent))
         except (Exception, SystemExit) as error:

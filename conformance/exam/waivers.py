@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
-import functools
-import importlib.resources
 import json
 import math
 import tomllib
@@ -29,7 +27,7 @@ from typing import Any
 
 from translution.algorithms import ALGORITHMS, ITEM_BYTES
 from translution.conformance.exam.question import Question
-from translution.spec.serialization import SCHEMA_FILE, WORDS, operator_to_data
+from translution.spec.serialization import WORDS, operator_schema, operator_to_data
 
 # complex128 is for derivatives by a complex step, not for tokens.
 DTYPES = tuple(dtype for dtype in ITEM_BYTES if dtype != "complex128")
@@ -145,7 +143,7 @@ def _never(path: str, value: Any) -> str:
     """Why nothing that is examined has this value at this path; "" where something may."""
     if path in NAMES:
         return "" if value in NAMES[path] else f"it is {_one_of(NAMES[path], value)}"
-    nodes, before = [_schema()], ""
+    nodes, before = [operator_schema()], ""
     for part in path.split("."):
         inside: dict[str, list[Any]] = {}
         for node in nodes:
@@ -163,19 +161,11 @@ def _never(path: str, value: Any) -> str:
     return "" if any(_fits(node, value) for node in nodes) else f"it is {_wanted(nodes, before, value)}"
 
 
-@functools.cache
-def _schema() -> dict[str, Any]:
-    """The JSON Schema of operators."""
-    file = importlib.resources.files("translution.spec") / "schema" / SCHEMA_FILE
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
 def _fields(node: Mapping[str, Any]) -> dict[str, list[Any]]:
     """What an object may hold, whatever its kind: the schemas of every field."""
     found = {name: [field] for name, field in node.get("properties", {}).items()}
     for branch in node.get("allOf", ()):
-        target = _schema()["$defs"][branch["then"]["$ref"].rpartition("/")[2]]
+        target = operator_schema()["$defs"][branch["then"]["$ref"].rpartition("/")[2]]
         for name, fields in _fields(target).items():
             found.setdefault(name, []).extend(fields)
     return found

@@ -23,7 +23,7 @@ from translution.conformance.exam.examine import NO_ANSWER, Refused, Started
 from translution.conformance.exam.examiner import CannotExamine
 from translution.conformance.exam.report import Result, Verdict, shortened
 from translution.conformance.exam.setting import EXAMINED, Setting, excused, versions
-from translution.conformance.exam.subject import LiveSubject
+from translution.conformance.exam.subject import LiveSubject, told
 from translution.conformance.exam.waivers import Waivers
 from translution.conformance.laws import all_laws
 from translution.conformance.rounding import ARITHMETIC
@@ -104,7 +104,7 @@ def described(backend: Backend) -> dict[str, Any]:
     try:
         absent = backend.unavailable()
     except Exception as error:
-        raise CannotExamine(f"the backend's unavailable() raised {type(error).__name__}: {error}") from error
+        raise CannotExamine(f"the backend's unavailable() raised {told(error)}") from error
     wanted = "expected a list of texts: return [] where the backend runs, [reason] where it does not"
     _expect(_texts(absent), "unavailable()", absent, wanted)
     for name, names, some in (("algorithms", backend.algorithms, "pairwise"), ("dtypes", backend.dtypes, "float64")):

@@ -15,7 +15,7 @@ from translution.conformance.comparison import as_numpy
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Array, Question, rounded
-from translution.conformance.exam.subject import BackendFailure, LiveSubject, NotClaimed, told
+from translution.conformance.exam.subject import BackendFailure, LiveSubject, told
 from translution.conformance.laws.sight import BATCHES
 from translution.conformance.strategies import draw_question
 from translution.execution import run, vjp
@@ -28,8 +28,7 @@ Arguments = dict[str, Any]
 def _call(trial: Trial, question: Question, arguments: Arguments) -> Results:
     """The native results of one call by name; raises what :meth:`Subject.run` does."""
     trial.asked.append(question)
-    if reasons := trial.live().reasons(question):
-        raise NotClaimed(reasons)
+    trial.require_claim(question)
     try:
         found = run(**arguments, return_weights=question.return_weights)
     except Exception as error:

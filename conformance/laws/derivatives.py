@@ -13,7 +13,7 @@ from translution.conformance.comparison import as_numpy
 from translution.conformance.exam.draws import Draws
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Array, Question
-from translution.conformance.exam.subject import BackendFailure, NotClaimed, told
+from translution.conformance.exam.subject import BackendFailure, LiveSubject, NotClaimed, told
 from translution.conformance.laws.sight import NO_LINKS, links_of
 from translution.conformance.strategies import draw_question, draw_values
 from translution.execution import run
@@ -91,11 +91,18 @@ def _second(out: Any, leaves: dict[str, Any], cotangent: Any, direction: dict[st
     return {n: torch.zeros_like(leaf) if g is None else g for (n, leaf), g in zip(leaves.items(), second, strict=True)}
 
 
-def _drawn(trial: Trial) -> Question:
-    """An operator in whole numbers on a few links, whose logits are 0 and whose gates halve."""
-    draws, live = trial.draws, trial.live()
+def _recording(trial: Trial) -> LiveSubject:
+    """The subject, whose arrays record operations."""
+    live = trial.live()
     if live.backend.kind != "torch":
         raise NotClaimed(["NumPy arrays record no operations"])
+    return live
+
+
+def _drawn(trial: Trial) -> Question:
+    """An operator in whole numbers on a few links, whose logits are 0 and whose gates halve."""
+    _recording(trial)
+    draws = trial.draws
     kind, masked = draws.walk(_KINDS), draws.walk((False, False, False, True, True, False, False, False))
     layout = draws.pick(_LAYOUTS)
     if kind == "values":
@@ -120,8 +127,7 @@ def _drawn(trial: Trial) -> Question:
     tokens = {"x": np.sign(question.x)} if question.y is None else {"x": np.sign(question.x), "y": np.sign(question.y)}
     question = question.but(params=params, **tokens)
     trial.asked.append(question)
-    if reasons := live.reasons(question, gradient=True):
-        raise NotClaimed(reasons)
+    trial.require_claim(question, gradient=True)
     return question
 
 
@@ -197,18 +203,15 @@ def autograd(trial: Trial) -> None:
     """A call with tensors that require a gradient records it: torch's autograd gives the gradients of tokens,
     parameters and a float mask, whichever of them are asked for, up to the error bound of each element.
     """
-    draws, live = trial.draws, trial.live()
-    if live.backend.kind != "torch":
-        raise NotClaimed(["NumPy arrays record no operations"])
+    draws, live = trial.draws, _recording(trial)
     kind = draws.walk(("all", "tokens", "mask", "parameters", "one"))
     if kind == "mask":
-        question, told = _with_mask(trial)
+        question, known = _with_mask(trial)
     else:
         question = draw_question(draws, trial.dtype, batch=draws.pick(((2,), (2, 2))), cotangent=True)
-        told = question
+        known = question
     trial.asked.append(question)
-    if reasons := live.reasons(question, gradient=True):
-        raise NotClaimed(reasons)
+    trial.require_claim(question, gradient=True)
     numbers = _numbers(question)
     names = {
         "all": list(numbers), "tokens": ["x", "y"], "mask": [], "parameters": list(question.params),
@@ -216,7 +219,7 @@ def autograd(trial: Trial) -> None:
     }[kind]  # fmt: skip
     leaves = {name: live.native(value).requires_grad_(name in names) for name, value in numbers.items()}
     mask = live.native(question.mask).requires_grad_() if kind == "mask" else None
-    found, exact = _recorded(trial, question, leaves, mask), trial.budget(told)
+    found, exact = _recorded(trial, question, leaves, mask), trial.budget(known)
     for name, gradient in found.items():
         own = "relevance.bias" if name == "mask" else name
         want, bound = exact.gradient_values[own], exact.gradients[own]

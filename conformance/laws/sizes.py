@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -35,10 +34,10 @@ HEAD_DIMS = (32, 64, 80, 128, 33)
 SMALL = ("grid", "registers", "causal-line", "window", "window-zeros", "clip", "strided")
 
 
-def _attention(layout: Layout, features: int, heads: int, *, relative: bool = False, **more: Any) -> Operator:
+def _attention(layout: Layout, features: int, heads: int, *, relative: bool = False) -> Operator:
     encoder: Encoder = PerDisplacement(features) if relative else Shared(features)
     relevance = Softmax(bias=BiasTable() if relative else None)
-    return Operator(layout, features, heads, encoder, encoder, encoder, relevance, **more)
+    return Operator(layout, features, heads, encoder, encoder, encoder, relevance)
 
 
 def _convolution(layout: Layout, channels: int, features: int, heads: int) -> Operator:
