@@ -120,7 +120,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_door_says_the_same() -> None:
     message = "^odd:text: the backend's algorithms is 'pairwise': expected a tuple of names"
     with pytest.raises(CannotExamine, match=message):
-        Examiner("odd:text", Setting())
+        assert Examiner("odd:text", Setting()).backend
     with pytest.raises(CannotExamine, match=message):
         run("odd:text")
     with pytest.raises(CannotExamine, match=r"^odd:Text: Text is a class"):
@@ -132,7 +132,7 @@ def test_every_door_says_the_same() -> None:
     assert shown.returncode == 2
     assert "the backend's algorithms is 'pairwise'" in " ".join(re.sub("[│╭╮╰╯─]", " ", shown.stderr).split())
     with pytest.raises(CannotExamine) as caught:
-        Examiner("odd:long", Setting())
+        assert Examiner("odd:long", Setting()).backend
     assert len(str(caught.value)) < 2 * LONGEST
 
 

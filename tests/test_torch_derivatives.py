@@ -1,6 +1,6 @@
 """The torch backend's first and second derivatives against finite differences, and what masks keep out of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -218,6 +218,32 @@ def test_a_first_call_in_inference_mode_leaves_later_ones_differentiable(algorit
         translution.run(operator, params, tensors["x"], mask=mask, algorithm=algorithm)
     translution.run(operator, params, tensors["x"], mask=mask, algorithm=algorithm).sum().backward()
     assert tensors["x"].grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "jacrev"])
+def test_a_first_call_in_a_transform_is_right_and_spoils_no_later_one(transform: str) -> None:
+    layout = Lattice((4, 10 + len(transform)), kernel_size=3, registers=len(transform))  # no other test's, as above
+    operator = _operator(layout, PerDisplacement(4), Softmax(bias=BiasTable()))
+    tensors = {n: t.detach() for n, t in _tensors(operator).items()}
+    params = {n: tensors[n] for n in operator.parameters}
+    mask = torch.ones(layout.num_queries, layout.num_keys, dtype=torch.bool).triu(-20)
+
+    def call(x: Tensor) -> Tensor:
+        out: Tensor = translution.run(operator, params, x, mask=mask, algorithm="pairwise")
+        return out
+
+    x = tensors["x"]
+    by: dict[str, Callable[[], Tensor]] = {
+        "grad": lambda: torch.func.grad(lambda v: call(v).sum())(x),
+        "vmap": lambda: torch.func.vmap(call)(x),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,))[1],
+        "jacrev": lambda: torch.func.jacrev(lambda v: call(v).sum((1, 2)))(x),
+    }
+    first, expected = by[transform](), call(x)
+    assert torch.equal(by[transform](), first)
+    if transform == "vmap":
+        assert (first - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
 def test_only_wanted_gradients_are_computed() -> None:

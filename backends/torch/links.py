@@ -6,7 +6,9 @@ that a column offset leaves, for every row offset. Steps that share bands follow
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any, TypeVar
@@ -19,15 +21,21 @@ from translution.geometry import Geometry, IntArray, Step, geometry
 from translution.spec import Layout
 
 Result = TypeVar("Result")
+_own = threading.local()
 
 
 def _kept(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Tensors that outlive the call must be usable in every mode, even where the first call is in inference mode."""
+    """Tensors that outlive the call must be usable in every mode, whatever holds where the first call is made.
+
+    Inference mode, the transforms of ``torch.func`` and fake tensors belong to a thread: another one has none of them.
+    """
 
     @wraps(compute)
     def computed(*arguments: Any) -> Result:
-        with torch.inference_mode(False):
+        if getattr(_own, "thread", False):
             return compute(*arguments)
+        with ThreadPoolExecutor(1, initializer=setattr, initargs=(_own, "thread", True)) as another:
+            return another.submit(compute, *arguments).result()
 
     return computed
 

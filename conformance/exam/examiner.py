@@ -64,8 +64,9 @@ class _Lines:
 class Examiner:
     """Examines one backend by name, in a process of its own that is started again whenever it is lost.
 
+    The process starts at construction; whether the backend can be imported is known when :attr:`backend` is read.
+
     Raises:
-        CannotExamine: the backend can't be imported, at construction.
         WaiverError: the waiver file says something it can't.
     """
 
@@ -76,7 +77,7 @@ class Examiner:
         self._lines: _Lines | None = None
         self._held: int | None = None
         self._printed: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self.backend: dict[str, Any] = {}
+        self._about: dict[str, Any] | None = None
         self._start()
 
     def __enter__(self) -> Self:
@@ -114,20 +115,32 @@ class Examiner:
         os.close(there)
         os.close(life)
         self._lines = _Lines(here)
-        try:
-            message: dict[str, Any] | None = self._lines.next(STARTING)
-        except TimeoutError:
-            message = {"error": f"importing {self._backend} took longer than {STARTING:g} s"}
-        if message is None or "ready" not in message:
-            how = "the process ended while it was imported" if message is None else str(message["error"])
-            words = self._tail(0)
-            self.close()
-            raise CannotExamine(f"{self._backend}: {how}" + (f"\n{words}" if message is None and words else ""))
-        self.backend = message["ready"]
+
+    @property
+    def backend(self) -> dict[str, Any]:
+        """What the backend says of itself, once it is imported.
+
+        Raises:
+            CannotExamine: it can't be.
+        """
+        if self._about is None:
+            assert self._lines is not None
+            try:
+                message: dict[str, Any] | None = self._lines.next(STARTING)
+            except TimeoutError:
+                message = {"error": f"importing {self._backend} took longer than {STARTING:g} s"}
+            if message is None or "ready" not in message:
+                how = "the process ended while it was imported" if message is None else str(message["error"])
+                words = self._tail(0)
+                self.close()
+                raise CannotExamine(f"{self._backend}: {how}" + (f"\n{words}" if message is None and words else ""))
+            self._about = dict(message["ready"])
+        return self._about
 
     def _stop(self) -> int:
         """End the process if it lives; its exit code."""
         process, self._process = self._process, None
+        self._about = None
         if self._lines is not None:
             self._lines.close()
             self._lines = None
@@ -157,6 +170,7 @@ class Examiner:
         """
         if self._process is None:
             self._start()
+        assert self.backend
         begin, since = time.perf_counter(), os.fstat(self._printed.fileno()).st_size
         result: Result | None = None
         number: int | None = None

@@ -104,20 +104,19 @@ class _Exam:
             self._progress("laws", len(self.results), self._total)
 
 
-def _in_processes(exam: _Exam, first: Examiner, setting: Setting, backend: str, jobs: int) -> None:
-    """Share the open items among ``jobs`` workers."""
+def _in_processes(exam: _Exam, examiners: Sequence[Examiner]) -> None:
+    """Share the open items among the workers."""
     errors: list[BaseException] = []
 
-    def work(own: Examiner | None) -> None:
+    def work(examiner: Examiner) -> None:
         try:
-            with own or Examiner(backend, setting) as examiner:
-                for item in exam.take():
-                    exam.add(examiner.examine(item.law, item.algorithm, item.dtype))
+            for item in exam.take():
+                exam.add(examiner.examine(item.law, item.algorithm, item.dtype))
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             errors.append(error)
             exam.stopped.set()
 
-    threads = [threading.Thread(target=work, args=(first if n == 0 else None,), daemon=True) for n in range(jobs)]
+    threads = [threading.Thread(target=work, args=(examiner,), daemon=True) for examiner in examiners]
     for thread in threads:
         thread.start()
     try:
@@ -198,10 +197,13 @@ def run(
     chosen = [among[one] for one in choose("law", list(among), laws)]
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        examiner, desk = None, None
+        examiners: list[Examiner] = []
+        desk = None
         if isinstance(backend, str):
-            examiner = stack.enter_context(Examiner(backend, setting))
-            about = examiner.backend
+            # All of them import the backend at the same time; a law goes to one worker as a whole.
+            workers = max(1, min(jobs, len(chosen)))
+            examiners = [stack.enter_context(Examiner(backend, setting)) for _ in range(workers)]
+            about = examiners[0].backend
         else:
             desk = Desk(backend, setting)
             about = described(backend)
@@ -220,8 +222,8 @@ def run(
         try:
             if desk is not None:
                 _in_this_process(exam, desk)
-            elif examiner is not None and isinstance(backend, str):
-                _in_processes(exam, examiner, setting, backend, max(1, min(jobs, len(items))))
+            else:
+                _in_processes(exam, examiners)
         except KeyboardInterrupt:
             notes.append("interrupted: only the results so far are here")
     found = [exam.results[item.key] for item in items if item.key in exam.results]

@@ -273,16 +273,16 @@ def threads(trial: Trial) -> None:
         return found | _pull(trial, question, arguments, live.native(question.cotangent))
 
     alone = [answer(question) for question in questions]
-    together: list[Results | Exception] = [{} for _ in questions for _ in range(3)]
+    together: list[Results | Exception] = [{} for _ in questions for _ in range(2)]
     start = threading.Barrier(len(questions))
 
     def work(number: int) -> None:
         try:
             start.wait(20)
-            for turn in range(3):
-                together[3 * number + turn] = answer(questions[number])
+            for turn in range(2):
+                together[2 * number + turn] = answer(questions[number])
         except Exception as error:  # noqa: BLE001 - told by the thread that waits
-            together[3 * number] = error
+            together[2 * number] = error
 
     with _hurried():
         every = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(len(questions))]
@@ -291,8 +291,8 @@ def threads(trial: Trial) -> None:
         for thread in every:
             thread.join()
     for place, found in enumerate(together):
-        question = questions[place // 3]
+        question = questions[place // 2]
         if isinstance(found, Exception):
             raise BackendFailure(f"beside other threads it raised {type(found).__name__}: {found}") from found
         if found or not any(isinstance(other, Exception) for other in together):
-            _agree(trial, "beside other threads", question, found, alone[place // 3])
+            _agree(trial, "beside other threads", question, found, alone[place // 2])

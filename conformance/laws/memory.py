@@ -60,6 +60,11 @@ def _largest_tensor(compute: Callable[[], Any]) -> int:
     largest = 0
 
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            # Nothing is compiled here: torch's compiler, which takes a second to import, need not be told.
+            return False
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             out = func(*args, **(kwargs or {}))

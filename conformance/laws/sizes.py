@@ -144,7 +144,7 @@ _SCALES = (1.0, 2.0**-8, 1.0, 1.0, 2.0**4)
         "keys-after-tile-dropped", "mask-after-tile-ignored", "heads-after-fourth", "head-dim-truncated",
         "wide-windows-cut", "items-after-thirty-second", "channels-after-thirty-second", "small-tokens-flushed",
     ),
-    quick=26,
+    quick=18,
     full=78,
 )  # fmt: skip
 def sizes(trial: Trial) -> None:
