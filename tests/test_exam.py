@@ -131,13 +131,24 @@ def test_the_conclusion_over_all_cases_counts() -> None:
     assert (found.verdict, found.message) == (Verdict.FAIL, "the sum is 20")
 
 
+def test_sixteen_bits_are_asked_half_as_much_at_the_quick_level() -> None:
+    def counts(name: str, level: str) -> list[int]:
+        return [all_laws()[name].count(level, dtype) for dtype in ("float64", "float32", "float16", "bfloat16")]
+
+    assert counts("VALUE-TRACER", QUICK) == [TRACER.cases[QUICK]] * 2 + [-(-TRACER.cases[QUICK] // 2)] * 2
+    assert counts("VALUE-TRACER", FULL) == [TRACER.cases[FULL]] * 4
+    judged = all_laws()["QUALITY"]
+    assert counts("QUALITY", QUICK) == [judged.cases[QUICK]] * 4
+    assert TRACER.floor(QUICK, "float16") <= TRACER.count(QUICK, "float16")
+
+
 def test_only_claimed_dtypes_are_examined_and_names_are_checked() -> None:
     report = run("numpy", laws=["VALUE-TRACER"])
     assert [(r.algorithm, r.dtype) for r in report.results] == [
         (algorithm, dtype) for algorithm in ("stream", "pairwise") for dtype in ("float64", "float32", "float16")
     ]
     assert report.holds
-    assert report.cases == 6 * TRACER.cases[QUICK]
+    assert report.cases == 2 * sum(TRACER.count(QUICK, dtype) for dtype in ("float64", "float32", "float16"))
     for wrong in ({"laws": ["NO-LAW"]}, {"dtypes": ["bfloat16"]}, {"algorithms": ["fused"]}, {"level": "half"}):
         with pytest.raises(UnknownName):
             run("numpy", **wrong)

@@ -4,8 +4,9 @@ There is no autotuning: it makes the first call slow, may choose differently in 
 """
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -18,8 +19,26 @@ Axes = tuple[int, int, int]
 
 INTERPRETED = not isinstance(fused_forward_kernel, triton.runtime.JITFunction)
 MAX_OFFSET = 2**31 - 1
-# The interpreter swaps triton.language's functions and holds the program's index in globals while a kernel runs.
-LAUNCHING = Lock() if INTERPRETED else nullcontext()
+_INTERPRETER = Lock()
+
+
+@contextmanager
+def _launching() -> Iterator[None]:
+    """Interpreted launches, one after another: a running kernel swaps functions of ``triton.language``."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    with _INTERPRETER:
+        before = builder.options
+        # Without debug the interpreter computes a 64-bit shadow of every integer operation and throws it away.
+        builder.options = replace(before, sanitize_overflow=before.debug and before.sanitize_overflow)
+        try:
+            yield
+        finally:
+            builder.options = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +238,7 @@ def launch(
     programs = math.prod(-(-n // t) for n, t in zip(box.grid, (tz, ty, tx), strict=True))
     programs *= -(-o.batch // items) * chunks * o.num_heads
     kernel: Any = fused_forward_kernel
-    with LAUNCHING:
+    with _launching():
         kernel[(programs,)](
             held(o.q_tokens), held(o.q_table), held(o.q_static), held(o.q_plain),
             held(o.k_tokens), held(o.k_table), held(o.k_static), held(o.k_plain),

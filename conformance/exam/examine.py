@@ -151,7 +151,7 @@ def examine(
     """
     refused = {} if refused is None else refused
     tally, begin = _Tally(), time.perf_counter()
-    wanted, floor = law.cases[level], law.floor(level)
+    wanted, floor = law.count(level, subject.dtype), law.floor(level, subject.dtype)
 
     def result(verdict: Verdict, message: str = "", shown: Counterexample | None = None) -> Result:
         return Result(

@@ -191,7 +191,7 @@ class Examiner:
                 waiver = self._waivers.find(law.id, algorithm, dtype, None)
                 result = Result(
                     law.id, algorithm, dtype, Verdict.WAIVED if waiver else Verdict.FAIL,
-                    0, 1, law.floor(self._setting.level),
+                    0, 1, law.floor(self._setting.level, dtype),
                     message=f"{waiver.reason}: {ending}" if waiver else ending,
                     seconds=time.perf_counter() - begin,
                 )  # fmt: skip

@@ -20,6 +20,7 @@ Body = Callable[["Trial"], Any]
 Conclusion = Callable[[Sequence[Any], str], None]
 
 QUICK, FULL = "quick", "full"
+HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,9 @@ class Law:
     """A law of the exam.
 
     ``clauses`` are those of docs/specification.md that it checks, ``kills`` the mutants that it must catch. ``cases``
-    are run at level quick and full; fewer than :meth:`floor` say nothing. ``dtypes`` None stands for all. A ``live``
-    law looks at the backend itself and can't be sat on paper. ``conclude`` judges what the body returned over all
-    cases, given the dtype.
+    are run at level quick and full, see :meth:`count`; fewer than :meth:`floor` say nothing. ``dtypes`` None stands for
+    all. A ``live`` law looks at the backend itself and can't be sat on paper. ``conclude`` judges what the body
+    returned over all cases, given the dtype.
     """
 
     id: str
@@ -43,9 +44,18 @@ class Law:
     conclude: Conclusion | None
     least: int = 3
 
-    def floor(self, level: str) -> int:
-        """How many cases a verdict needs: a quarter, and at least ``least`` where the level has so many."""
-        return max(self.cases[level] // 4, min(self.least, self.cases[level]))
+    def count(self, level: str, dtype: str) -> int:
+        """Cases in that dtype. The 16-bit formats are asked half as many at level quick, save where a law is theirs
+        alone or judges all its cases together.
+        """
+        whole = self.cases[level]
+        own = self.dtypes is not None and set(self.dtypes) <= set(HALVES)
+        return whole if level != QUICK or dtype not in HALVES or own or self.conclude is not None else -(-whole // 2)
+
+    def floor(self, level: str, dtype: str) -> int:
+        """How many cases a verdict needs: a quarter, and at least ``least`` where there are so many."""
+        wanted = self.count(level, dtype)
+        return max(wanted // 4, min(self.least, wanted))
 
     def applies_to(self, dtype: str) -> bool:
         """Whether the law is asked in that dtype."""

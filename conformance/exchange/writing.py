@@ -222,7 +222,7 @@ def export(
         for law in chosen.values():
             for dtype in dict.fromkeys(dtypes):
                 if law.applies_to(dtype):
-                    exam.cases.extend(_asked(law, dtype, edition, law.cases[level] * breadth, exam))
+                    exam.cases.extend(_asked(law, dtype, edition, law.count(level, dtype) * breadth, exam))
         content = {
             "schema": SCHEMA,
             "version": VERSION,

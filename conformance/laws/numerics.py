@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from translution.conformance.error_model import budget
-from translution.conformance.exam.law import Trial, law
+from translution.conformance.exam.law import HALVES, Trial, law
 from translution.conformance.exam.question import FloatArray, Question, rounded
 from translution.conformance.laws.sight import BATCHES, NO_LINKS, flat, gradients, link_counts, seen
 from translution.conformance.rounding import ARITHMETIC
@@ -28,7 +28,6 @@ from translution.spec import (
     Softmax,
 )
 
-HALVES = ("float16", "bfloat16")
 # Binary digits of each dtype's numbers.
 DIGITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 

@@ -15,6 +15,7 @@ from translution.spec import (
     BiasTable,
     Boundary,
     Clip,
+    Concat,
     Encoder,
     Lattice,
     Layout,
@@ -54,7 +55,8 @@ def _wide_heads(draws: Draws) -> Operator:
     heads, width = draws.pick((1, 2)), draws.walk(HEAD_DIMS)
     layout = draws.pick((Lattice((2, 2)), Lattice((3,), causal=True), Lattice((4,), far=Clip(1))))
     low = LowRank(4, heads * width)
-    narrow = Operator(layout, 6, heads, low, low, low)
+    beside = Concat((Shared(heads), LowRank(4, heads * (width - 1))))
+    narrow = Operator(layout, 6, heads, beside, low, low)
     return draws.walk(
         (_attention(layout, heads * width, heads), narrow, _attention(layout, heads * width, heads, relative=True))
     )

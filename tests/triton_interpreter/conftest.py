@@ -2,21 +2,16 @@
 
 import numpy as np
 import pytest
-from triton.runtime import interpreter
 
 from translution.spec import Operator
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted() -> None:
     from translution.backends.triton.launch import INTERPRETED
 
     if not INTERPRETED:
         pytest.skip("run TRITON_INTERPRET=1 pytest tests/triton_interpreter")
-    # Without debug the interpreter computes a 64-bit shadow of every integer operation and throws it away.
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)
-    )
 
 
 @pytest.fixture
