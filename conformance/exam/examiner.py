@@ -94,6 +94,7 @@ class Examiner:
         self._printed.close()
 
     def _start(self) -> None:
+        self._about = None
         here, there = os.pipe()
         # Nothing is ever written to it: its end is that of this process, or of this examiner.
         life, self._held = os.pipe()
@@ -123,6 +124,10 @@ class Examiner:
         Raises:
             CannotExamine: it can't be.
         """
+        return self._imported()
+
+    def _imported(self) -> dict[str, Any]:
+        """Wait until the process has imported the backend, where it has not said so yet."""
         if self._about is None:
             assert self._lines is not None
             try:
@@ -140,7 +145,6 @@ class Examiner:
     def _stop(self) -> int:
         """End the process if it lives; its exit code."""
         process, self._process = self._process, None
-        self._about = None
         if self._lines is not None:
             self._lines.close()
             self._lines = None
@@ -170,7 +174,7 @@ class Examiner:
         """
         if self._process is None:
             self._start()
-        assert self.backend
+        self._imported()
         begin, since = time.perf_counter(), os.fstat(self._printed.fileno()).st_size
         result: Result | None = None
         number: int | None = None

@@ -49,8 +49,9 @@ class Law:
         alone or judges all its cases together.
         """
         whole = self.cases[level]
-        own = self.dtypes is not None and set(self.dtypes) <= set(HALVES)
-        return whole if level != QUICK or dtype not in HALVES or own or self.conclude is not None else -(-whole // 2)
+        theirs = self.dtypes is not None and set(self.dtypes) <= set(HALVES)
+        halved = level == QUICK and dtype in HALVES and not theirs and self.conclude is None
+        return -(-whole // 2) if halved else whole
 
     def floor(self, level: str, dtype: str) -> int:
         """How many cases a verdict needs: a quarter, and at least ``least`` where there are so many."""
