@@ -61,7 +61,7 @@ def _padded(y: Tensor, layout: Lattice) -> Tensor:
     """y [B, C, *keys] from the first position that a window touches to the last; a negative padding cuts."""
     borders = []
     for axis in range(layout.rank):
-        before = layout.paddings[axis] - layout.offsets[axis]
+        before = layout.paddings[axis]
         reach = layout.strides[axis] * (layout.grid[axis] - 1) + (layout.window[axis] - 1) * layout.dilations[axis]
         borders.append((before, reach - before - (layout.keys[axis] - 1)))
     if layout.boundary in ("absent", "zeros"):

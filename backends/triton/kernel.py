@@ -18,20 +18,26 @@ import triton.language as tl
 
 
 @triton.jit
-def project(acc, rows, row_mask, table, cols, col_mask, stride: tl.constexpr, INNER: tl.constexpr, BK: tl.constexpr,
-            UPCAST: tl.constexpr):  # fmt: skip
-    """``acc + tokens @ table`` over INNER channels; ``rows`` point at the tokens, ``table`` at row 0 of the matrix."""
+def columns_of(rows, present, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers ``cols`` [1, BLOCK] of the rows that ``rows`` [ROWS, 1] point at; 0 where no row or column is."""
+    if WIDTH % BLOCK == 0:
+        found = tl.load(rows + cols, mask=present, other=0.0)
+    else:
+        found = tl.load(rows + cols, mask=present & (cols < WIDTH), other=0.0)
+    return found
+
+
+@triton.jit
+def project(acc, rows, present, table, cols, channels, stride: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
+            BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """``acc + tokens @ table[:, cols]`` over INNER channels, of which ``channels`` are the first BK."""
     for c in range(0, INNER, BK):
-        channels = c + tl.arange(0, BK)
-        if INNER % BK == 0:
-            x = tl.load(rows[:, None] + channels[None, :], mask=row_mask[:, None], other=0.0)
-            w = tl.load(table + channels[:, None] * stride + cols[None, :], mask=col_mask[None, :], other=0.0)
+        down = c + channels[:, None]
+        x = columns_of(rows, present, c + channels[None, :], INNER, BK)
+        if INNER % BK == 0 and WIDTH % BLOCK == 0:
+            w = tl.load(table + (down * stride + cols))
         else:
-            inside = channels < INNER
-            x = tl.load(rows[:, None] + channels[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
-            w = tl.load(
-                table + channels[:, None] * stride + cols[None, :], mask=inside[:, None] & col_mask[None, :], other=0.0
-            )
+            w = tl.load(table + (down * stride + cols), mask=(down < INNER) & (cols < WIDTH), other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
@@ -103,6 +109,7 @@ def fused_forward_kernel(
     inside = (x < grid_x) & (y < grid_y) & (z < grid_z) & (first_b + item < batch)
     query = (z * grid_y + y) * grid_x + x
     first_item = first_b.to(tl.int64)
+    inside_column = inside[:, None]
     negative_infinity = float("-inf")
 
     # The taps that some row of the tile needs, per axis; no negative number is ever divided.
@@ -112,133 +119,151 @@ def fused_forward_kernel(
     last_x = (tl.minimum(first_x + TX, grid_x) - 1) * stride_x + shift_x
     last_y = (tl.minimum(first_y + TY, grid_y) - 1) * stride_y + shift_y
     last_z = (tl.minimum(first_z + TZ, grid_z) - 1) * stride_z + shift_z
-    count_x = tl.maximum(tl.minimum((tl.maximum(last_x, -step_x) + step_x) // step_x, taps_x) - low_x, 0)
-    count_y = tl.maximum(tl.minimum((tl.maximum(last_y, -step_y) + step_y) // step_y, taps_y) - low_y, 0)
-    count_z = tl.maximum(tl.minimum((tl.maximum(last_z, -step_z) + step_z) // step_z, taps_z) - low_z, 0)
+    end_x = tl.minimum((tl.maximum(last_x, -step_x) + step_x) // step_x, taps_x)
+    end_y = tl.minimum((tl.maximum(last_y, -step_y) + step_y) // step_y, taps_y)
+    end_z = tl.minimum((tl.maximum(last_z, -step_z) + step_z) // step_z, taps_z)
 
-    # Taps of the box that come before class ``base`` in lexicographic order.
-    base_x = base % taps_x
-    base_y = (base // taps_x) % taps_y
-    base_z = base // (taps_x * taps_y)
-    skip_x = tl.minimum(tl.maximum(base_x - low_x, 0), count_x)
-    skip_y = tl.minimum(tl.maximum(base_y - low_y, 0), count_y)
-    skip_z = tl.minimum(tl.maximum(base_z - low_z, 0), count_z)
-    same_y = (base_y >= low_y) & (base_y < low_y + count_y)
-    same_z = (base_z >= low_z) & (base_z < low_z + count_z)
-    skipped = skip_z * count_y * count_x + tl.where(same_z, skip_y * count_x + tl.where(same_y, skip_x, 0), 0)
+    # The key coordinates at tap 0. A row outside the grid is before every key, and later taps are further away.
+    origin_x = tl.where(inside, x * stride_x + shift_x, -1)
+    origin_y = y * stride_y + shift_y
+    origin_z = z * stride_z + shift_z
 
-    q_tokens_rows = q_tokens + first_item * q_tokens_batch + (item * q_tokens_batch + query * Q_INNER)
-    highest = tl.full([ROWS], negative_infinity, tl.float32)
+    # Where a row's numbers begin in each operand; what depends on the key is added at a tap. Pointers to the rows of
+    # k_tokens and v_tokens that live through the loops as well would spill.
+    query_column = query[:, None]
+    item_column = item[:, None]
+    head_column = query_column * HEADS + head
+    q_tokens += first_item * q_tokens_batch + (item_column * q_tokens_batch + query_column * Q_INNER)
+    k_tokens += first_item * k_tokens_batch
+    v_tokens += first_item * v_tokens_batch
+    q_static += first_item * q_static_batch + (item_column * q_static_batch + head_column * WIDTH)
+    k_static += first_item * k_static_batch + (item_column * k_static_batch + head * WIDTH)
+    q_plain += first_item * q_plain_batch + (item_column * q_plain_batch + head_column * PLAIN)
+    k_plain += first_item * k_plain_batch + (item_column * k_plain_batch + head * PLAIN)
+    v_static += first_item * v_static_batch + (item_column * v_static_batch + head * V_STATIC)
+    q_table += head * WIDTH
+    k_table += head * WIDTH
+    v_table += head * V_HEAD
+    if MASK > 0:
+        mask_rows = mask + (first_item + item) * mask_batch + head.to(tl.int64) * mask_head
+        mask_rows += query.to(tl.int64) * mask_query
+    bias += head * num_classes
+
+    plain_cols = tl.arange(0, BP)[None, :]
+    width_cols = tl.arange(0, BW)[None, :]
+    inner = tl.arange(0, BQ)
+    v_inner = tl.arange(0, BK)
+
+    # Lower than any logit but -inf, so that a row that has seen none but such never computes inf - inf.
+    highest = tl.full([ROWS], -3.4028234663852886e38, tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
-    s_cols = chunk * BS + tl.arange(0, BS)
-    v_cols = chunk * BV + tl.arange(0, BV)
     if V_STATIC > 0:
         acc_static = tl.full([ROWS, BS], 0.0, tl.float32)
+        s_cols = (chunk * BS + tl.arange(0, BS))[None, :]
     if V_WIDTH > 0:
         acc_relative = tl.full([ROWS, BV], 0.0, tl.float32)
+        v_cols = (chunk * BV + tl.arange(0, BV))[None, :]
 
-    for s in range(skipped, count_z * count_y * count_x):
-        tap_x = low_x + s % count_x
-        tap_y = low_y + (s // count_x) % count_y
-        tap_z = low_z + s // (count_x * count_y)
-        key_x = x * stride_x + shift_x - tap_x * step_x
-        key_y = y * stride_y + shift_y - tap_y * step_y
-        key_z = z * stride_z + shift_z - tap_z * step_z
-        live = inside & (key_x >= 0) & (key_x < keys_x) & (key_y >= 0) & (key_y < keys_y)
-        live = live & (key_z >= 0) & (key_z < keys_z)
-        key = (key_z * keys_y + key_y) * keys_x + key_x
-        full_class = (tap_z * taps_y + tap_y) * taps_x + tap_x
-        row = (full_class - base).to(tl.int64)
-        key_row = (taps_z * taps_y * taps_x - 1 - full_class).to(tl.int64)
+    # Lines of taps along x: in a line, classes and keys are one step apart. Three nested loops spill registers.
+    count_y = tl.maximum(end_y - low_y, 0)
+    for line in range(tl.maximum(end_z - low_z, 0) * count_y):
+        tap_y = low_y + line % count_y
+        tap_z = low_z + line // count_y
+        key_z = origin_z - tap_z * step_z
+        key_y = origin_y - tap_y * step_y
+        live_y = (key_z >= 0) & (key_z < keys_z) & (key_y >= 0) & (key_y < keys_y)
+        key_line = (key_z * keys_y + key_y) * keys_x
+        first_class = (tap_z * taps_y + tap_y) * taps_x
+        first_row = (first_class - base).to(tl.int64)
+        first_key_row = (taps_z * taps_y * taps_x - 1 - first_class).to(tl.int64)
+        for tap_x in range(tl.maximum(low_x, base - first_class), end_x):
+            key_x = origin_x - tap_x * step_x
+            live = live_y & (key_x >= 0) & (key_x < keys_x)
+            key = key_line + key_x
+            row = first_row + tap_x
 
-        added = 0.0
-        if MASK > 0:
-            where = (first_item + item) * mask_batch + head.to(tl.int64) * mask_head
-            where = where + query.to(tl.int64) * mask_query + key.to(tl.int64) * mask_key
-            seen = tl.load(mask + where, mask=live, other=0)
-            if MASK == 1:
-                live = live & (seen != 0)
+            if MASK > 0:
+                seen = tl.load(mask_rows + key.to(tl.int64) * mask_key, mask=live, other=0)
+                live = live & (seen != 0) if MASK == 1 else live & (seen != negative_infinity)
+            live_column = live[:, None]
+            key_column = key[:, None]
+
+            logits = tl.full([ROWS], 0.0, tl.float32)
+            if PLAIN > 0:
+                k_plain_rows = k_plain + key_column * (HEADS * PLAIN)
+                for d in range(0, PLAIN, BP):
+                    cols = d + plain_cols
+                    q = columns_of(q_plain, inside_column, cols, PLAIN, BP)
+                    k = columns_of(k_plain_rows, live_column, cols, PLAIN, BP)
+                    logits += tl.sum(q * k, axis=1)
+            if WIDTH > 0:
+                for d in range(0, WIDTH, BW):
+                    cols = d + width_cols
+                    q = tl.full([ROWS, BW], 0.0, tl.float32)
+                    k = tl.full([ROWS, BW], 0.0, tl.float32)
+                    if HAS_Q_STATIC:
+                        q = columns_of(q_static, inside_column, cols, WIDTH, BW)
+                    if HAS_K_STATIC:
+                        k_static_rows = k_static + key_column * (HEADS * WIDTH)
+                        k = columns_of(k_static_rows, live_column, cols, WIDTH, BW)
+                    if Q_INNER > 0:
+                        table = q_table + row * (Q_INNER * Q_COLUMNS)
+                        q = project(q, q_tokens, inside_column, table, cols, inner, Q_COLUMNS, Q_INNER, WIDTH,
+                                    BQ, BW, UPCAST)  # fmt: skip
+                    if K_INNER > 0:
+                        k_rows = k_tokens + (item_column * k_tokens_batch + key_column * K_INNER)
+                        table = k_table + (first_key_row - tap_x) * (K_INNER * K_COLUMNS)
+                        k = project(k, k_rows, live_column, table, cols, inner, K_COLUMNS, K_INNER, WIDTH,
+                                    BQ, BW, UPCAST)  # fmt: skip
+                    logits += tl.sum(q * k, axis=1)
+
+            if NORMALISE:
+                logits = logits * scale
+                if MASK == 2:
+                    logits += seen
+                if HAS_BIAS:
+                    logits += tl.load(bias + row)
+                logits = tl.where(live, logits, negative_infinity)
+                higher = tl.maximum(highest, logits)
+                fading = tl.exp(highest - higher)
+                weight = tl.exp(logits - higher)
+                total = total * fading + weight
+                highest = higher
             else:
-                live = live & (seen != negative_infinity)
-                added = seen
+                weight = tl.where(live, 1.0, 0.0)
+            weight_column = weight[:, None]
 
-        logits = tl.full([ROWS], 0.0, tl.float32)
-        if PLAIN > 0:
-            q_rows = q_plain + first_item * q_plain_batch + (item * q_plain_batch + (query * HEADS + head) * PLAIN)
-            k_rows = k_plain + first_item * k_plain_batch + (item * k_plain_batch + (key * HEADS + head) * PLAIN)
-            for d in range(0, PLAIN, BP):
-                cols = d + tl.arange(0, BP)
-                q = tl.load(q_rows[:, None] + cols[None, :], mask=inside[:, None] & (cols < PLAIN)[None, :], other=0.0)
-                k = tl.load(k_rows[:, None] + cols[None, :], mask=live[:, None] & (cols < PLAIN)[None, :], other=0.0)
-                logits += tl.sum(q * k, axis=1)
-        if WIDTH > 0:
-            for d in range(0, WIDTH, BW):
-                cols = d + tl.arange(0, BW)
-                col_mask = cols < WIDTH
-                q = tl.full([ROWS, BW], 0.0, tl.float32)
-                k = tl.full([ROWS, BW], 0.0, tl.float32)
-                if HAS_Q_STATIC:
-                    at = q_static + first_item * q_static_batch
-                    at = at + (item * q_static_batch + (query * HEADS + head) * WIDTH)
-                    q = tl.load(at[:, None] + cols[None, :], mask=inside[:, None] & col_mask[None, :], other=0.0)
-                if HAS_K_STATIC:
-                    at = k_static + first_item * k_static_batch
-                    at = at + (item * k_static_batch + (key * HEADS + head) * WIDTH)
-                    k = tl.load(at[:, None] + cols[None, :], mask=live[:, None] & col_mask[None, :], other=0.0)
-                if Q_INNER > 0:
-                    table = q_table + row * (Q_INNER * Q_COLUMNS) + head * WIDTH
-                    q = project(q, q_tokens_rows, inside, table, cols, col_mask, Q_COLUMNS, Q_INNER, BQ, UPCAST)
-                if K_INNER > 0:
-                    at = k_tokens + first_item * k_tokens_batch + (item * k_tokens_batch + key * K_INNER)
-                    table = k_table + key_row * (K_INNER * K_COLUMNS) + head * WIDTH
-                    k = project(k, at, live, table, cols, col_mask, K_COLUMNS, K_INNER, BQ, UPCAST)
-                logits += tl.sum(q * k, axis=1)
-
-        if NORMALISE:
-            logits = logits * scale + added
-            if HAS_BIAS:
-                logits += tl.load(bias + head * num_classes + row)
-            logits = tl.where(live, logits, negative_infinity)
-            higher = tl.maximum(highest, logits)
-            # A row that has seen no key yet, or only logits of -inf, must not compute inf - inf.
-            origin = tl.where(higher == negative_infinity, 0.0, higher)
-            fading = tl.exp(highest - origin)
-            weight = tl.where(live, tl.exp(logits - origin), 0.0)
-            total = total * fading + weight
-            highest = higher
-        else:
-            weight = tl.where(live, 1.0, 0.0)
-
-        if V_STATIC > 0:
-            at = v_static + first_item * v_static_batch + (item * v_static_batch + (key * HEADS + head) * V_STATIC)
-            v = tl.load(at[:, None] + s_cols[None, :], mask=live[:, None] & (s_cols < V_STATIC)[None, :], other=0.0)
-            if NORMALISE:
-                acc_static = acc_static * fading[:, None]
-            acc_static += weight[:, None] * v
-        if V_WIDTH > 0:
-            at = v_tokens + first_item * v_tokens_batch + (item * v_tokens_batch + key * V_INNER)
-            table = v_table + row * (V_INNER * V_COLUMNS) + head * V_HEAD
-            v = tl.full([ROWS, BV], 0.0, tl.float32)
-            v = project(v, at, live, table, v_cols, v_cols < V_WIDTH, V_COLUMNS, V_INNER, BK, UPCAST)
-            if NORMALISE:
-                acc_relative = acc_relative * fading[:, None]
-            acc_relative += weight[:, None] * v
+            if V_STATIC > 0:
+                v_static_rows = v_static + key_column * (HEADS * V_STATIC)
+                v = columns_of(v_static_rows, live_column, s_cols, V_STATIC, BS)
+                if NORMALISE:
+                    acc_static = acc_static * fading[:, None]
+                acc_static += weight_column * v
+            if V_WIDTH > 0:
+                v_rows = v_tokens + (item_column * v_tokens_batch + key_column * V_INNER)
+                table = v_table + row * (V_INNER * V_COLUMNS)
+                v = tl.full([ROWS, BV], 0.0, tl.float32)
+                v = project(v, v_rows, live_column, table, v_cols, v_inner, V_COLUMNS, V_INNER, V_WIDTH,
+                            BK, BV, UPCAST)  # fmt: skip
+                if NORMALISE:
+                    acc_relative = acc_relative * fading[:, None]
+                acc_relative += weight_column * v
 
     num_queries = grid_z * grid_y * grid_x
-    first_row = first_item * num_queries * HEADS
+    first_out = first_item * num_queries * HEADS
     at_row = (item * num_queries + query) * HEADS + head
     divisor = tl.full([ROWS], 1.0, tl.float32)
     if NORMALISE:
         divisor = tl.where(total == 0.0, 1.0, total)
         # Chunk 0 alone stores; a scalar condition would have to be of the type of a block.
         stored = inside & (item >= chunk * BB)
-        tl.store(out_highest + first_row + at_row, highest, mask=stored)
-        tl.store(out_total + first_row + at_row, total, mask=stored)
+        tl.store(out_highest + first_out + at_row, tl.where(total == 0.0, negative_infinity, highest), mask=stored)
+        tl.store(out_total + first_out + at_row, total, mask=stored)
+    at_column = at_row[:, None]
+    divisor_column = divisor[:, None]
     if V_STATIC > 0:
-        at = out_static + first_row * V_STATIC + at_row * V_STATIC
-        kept = inside[:, None] & (s_cols < V_STATIC)[None, :]
-        tl.store(at[:, None] + s_cols[None, :], acc_static / divisor[:, None], mask=kept)
+        at = out_static + first_out * V_STATIC + at_column * V_STATIC
+        tl.store(at + s_cols, acc_static / divisor_column, mask=inside_column & (s_cols < V_STATIC))
     if V_WIDTH > 0:
-        at = out_relative + first_row * V_WIDTH + at_row * V_WIDTH
-        kept = inside[:, None] & (v_cols < V_WIDTH)[None, :]
-        tl.store(at[:, None] + v_cols[None, :], acc_relative / divisor[:, None], mask=kept)
+        at = out_relative + first_out * V_WIDTH + at_column * V_WIDTH
+        tl.store(at + v_cols, acc_relative / divisor_column, mask=inside_column & (v_cols < V_WIDTH))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -30,15 +31,18 @@ def _launching() -> Iterator[None]:
         return
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    builder, swap = interpreter.interpreter_builder, "_patch_lang"
     with _INTERPRETER:
-        before = builder.options
+        options, swaps = builder.options, getattr(interpreter, swap)
         # Without debug the interpreter computes a 64-bit shadow of every integer operation and throws it away.
-        builder.options = replace(before, sanitize_overflow=before.debug and before.sanitize_overflow)
+        builder.options = replace(options, sanitize_overflow=options.debug and options.sanitize_overflow)
+        # It swaps at every call of a function within the kernel, which took a third of the time: once is enough.
+        setattr(interpreter, swap, cache(swaps))
         try:
             yield
         finally:
-            builder.options = before
+            builder.options = options
+            setattr(interpreter, swap, swaps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Blocks:
     stages: int
 
 
-INTERPRETER = Blocks(rows=64, channels=128, features=128, value_features=128, warps=1, stages=1)
+INTERPRETER = Blocks(rows=128, channels=128, features=128, value_features=128, warps=1, stages=1)
 # (at least this capability, item size) -> blocks, first match; measured in tests/triton_ahead_of_time.
 CUDA = (
     (90, 2, Blocks(rows=64, channels=64, features=64, value_features=64, warps=8, stages=3)),
@@ -226,8 +230,9 @@ def launch(
     plain = 0 if o.q_plain is None else o.q_plain.shape[-1]
     inner = [0 if t is None else t.shape[1] for t in (o.q_table, o.k_table, o.v_table)]
     columns = [0 if t is None else t.shape[2] for t in (o.q_table, o.k_table, o.v_table)]
-    static_block = min(chosen.value_features, power_of_two(o.static_width, 16))
-    value_block = min(chosen.value_features, power_of_two(o.value_width, 16))
+    least = 1 if INTERPRETED else 16  # what one product of tiles takes
+    static_block = min(chosen.value_features, power_of_two(o.static_width, least))
+    value_block = min(chosen.value_features, power_of_two(o.value_width, least))
     chunks = max(-(-o.static_width // static_block), -(-o.value_width // value_block))
     anything = out_static if o.static_width else out_relative
 
@@ -261,10 +266,10 @@ def launch(
             NORMALISE=o.normalise,
             UPCAST=INTERPRETED,
             TZ=tz, TY=ty, TX=tx, BB=items,
-            BQ=min(chosen.channels, power_of_two(max(inner[:2]), 16)),
-            BK=min(chosen.channels, power_of_two(inner[2], 16)),
-            BP=min(chosen.features, power_of_two(plain, 16)),
-            BW=min(chosen.features, power_of_two(o.width, 16)),
+            BQ=min(chosen.channels, power_of_two(max(inner[:2]), least)),
+            BK=min(chosen.channels, power_of_two(inner[2], least)),
+            BP=min(chosen.features, power_of_two(plain, least)),
+            BW=min(chosen.features, power_of_two(o.width, least)),
             BS=static_block, BV=value_block, V_CHUNKS=chunks,
             num_warps=chosen.warps, num_stages=chosen.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -134,19 +134,21 @@ def absent_gradient(trial: Trial) -> None:
 
 def _by_heads(draws: Draws, dtype: str) -> Question:
     """A question whose heads can be told apart in the result, and all of whose features depend on every key."""
-    values: tuple[Encoder, ...] = (PerDisplacement(4), Shared(4, bias=True), Identity(), LowRank(3, 4))
+    values: tuple[Encoder, ...] = (PerDisplacement(4), Shared(4, bias=True), LowRank(3, 4), Identity())
     relevances: tuple[Relevance, ...] = (
         Softmax(), Ones(), Mean(), Softmax(scale=0.5), Mixture(Ones(), Softmax()), Mixture(Softmax(), Mean()), Softmax()
     )  # fmt: skip
     encoders: tuple[Encoder, ...] = (PerDisplacement(4), Shared(4), Identity())
-    value, relevance, sides = draws.walk(values), draws.walk(relevances), draws.pick(encoders)
+    value, relevance = draws.walk(values), draws.walk(relevances)
+    # A key that is NaN beside a value that is not.
+    sides = Shared(4) if isinstance(value, Identity) else draws.pick(encoders)
     content = any(isinstance(branch, Softmax) for _, branch in branches(relevance))
     layout = draws.walk(
         (
-            Lattice((2, 3)),
+            Lattice((5,), kernel_size=3, boundary="circular"),
             Lattice((4,), causal=True, registers=1),
             Lattice((3, 2), kernel_size=(3, 2)),
-            Lattice((5,), kernel_size=3, boundary="circular"),
+            Lattice((2, 3)),
             Lattice((2, 2), kernel_size=3, boundary="zeros"),
         )
     )
@@ -172,10 +174,11 @@ def absent_pair(trial: Trial) -> None:
     item, key = trial.draws.integer(0, 1), trial.draws.integer(0, operator.layout.num_keys - 1)
     clean, broken = keys_of(question).copy(), keys_of(question).copy()
     clean[item, key] = broken[item, key] = 0.0
-    # The logits of a head read half of its channels at least; where there are none, a value may read one alone.
-    broken[item, key, slice(0, None, 2 if operator.uses_content and trial.draws.some() else 1)] = np.nan
+    # The logits of a head read half of its channels at least, or all; where there are none, a value may read one alone.
+    apart_by = 1 if not operator.uses_content else 4 if operator.query == Shared(4) else trial.draws.pick((1, 2))
+    broken[item, key, ::apart_by] = np.nan
     question = question.but(mask=added if softmax and trial.draws.some() else live, **{key_side(question): clean})
-    question = question.but(return_weights=trial.draws.walk((False, True)))
+    question = question.but(return_weights=trial.draws.walk((True, False)))
     visible = seen(question)
     sight = np.zeros((2, operator.layout.num_queries, 2), bool)
     sight[item] = visible[item, :, :, key].T

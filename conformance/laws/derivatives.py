@@ -106,7 +106,7 @@ def _drawn(trial: Trial) -> Question:
     kind, masked = draws.walk(_KINDS), draws.walk((False, False, False, True, True, False, False, False))
     layout = draws.pick(_LAYOUTS)
     if kind == "values":
-        layout = draws.walk((layout, NO_LINKS, NO_LINKS))
+        kind, layout = draws.walk(((kind, layout), ("relative", NO_LINKS), ("convolution", NO_LINKS)))
     elif kind == "convolution":
         layout = _LAYOUTS[1]
     elif masked:
@@ -118,7 +118,7 @@ def _drawn(trial: Trial) -> Question:
         "convolution": Operator(layout, 2, 2, _RELATIVE, relevance=Ones(), output=output),
         "mixture": Operator(layout, 2, 2, _PLAIN, _RELATIVE, _PLAIN, Mixture(softmax, Ones()), output),
         "values": Operator(layout, 2, 2, _RELATIVE, _PLAIN, _PLAIN, Softmax(scale=_SCALE), output),
-    }["convolution" if layout is NO_LINKS else kind]
+    }[kind]
     question = draw_question(draws, trial.dtype, operator=operator, integers=True, masked=False, batch=(2,))
     if masked:
         question = _masked(draws, question)
