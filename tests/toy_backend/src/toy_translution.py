@@ -156,7 +156,8 @@ class Pass:
             weights = np.where(self.live, np.exp(logits - np.where(np.isneginf(top), 0, top)), self.type(0))
         if not isinstance(operator.relevance, Ones):
             total = weights.sum(-1, keepdims=True)
-            weights = weights / np.where(total == 0, self.type(1), total)
+            # In a row with NaN a masked pair stays absent.
+            weights = np.where(self.live, weights / np.where(total == 0, self.type(1), total), self.type(0))
         self.weights = weights
         shape = (len(self.x), operator.layout.num_queries, self.heads, operator.value_head_dim)
         joined = np.zeros(shape, self.type)
@@ -193,7 +194,7 @@ class Pass:
             np.add.at(dy, (slice(None), j), self.encoders["value"].backward(tokens, to, part, gradients))
         if isinstance(self.operator.relevance, Softmax):
             slopes = self.weights * (slopes - (self.weights * slopes).sum(-1, keepdims=True))
-            slopes = np.where(self.live, slopes, self.type(0))  # in a row with NaN a masked pair stays absent
+            slopes = np.where(self.live, slopes, self.type(0))  # as above
             if self.operator.relevance.bias is not None:
                 gradients["relevance.bias"] += slopes.sum((0, 2))
         if self.content:
