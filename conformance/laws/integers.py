@@ -21,9 +21,11 @@ from translution.spec import (
     Identity,
     Lattice,
     Layout,
+    LowRank,
     Mean,
     Ones,
     Operator,
+    PairTable,
     PerDisplacement,
     Relevance,
     Shared,
@@ -75,11 +77,19 @@ def _magnitudes(question: Question) -> Question:
     )
 
 
+# Matrices of groups in rows that are met with several rows of the key table; one small matrix for all heads.
+_PAIRS = PairTable(((0, 1, 0), (1, 0, 1), (0, 0, 1)), 2, ((0, 1, 1), (1, 0, 0), (1, 0, 1)))
+_RARE = (
+    Operator(_PAIRS, 4, 2, PerDisplacement(4, groups=2), relevance=Ones()),
+    Operator(Lattice((2, 3)), 4, 2, LowRank(3, 4), relevance=Ones()),
+)
+
+
 def _draw(trial: Trial, *, cotangent: bool) -> Question:
     """A question on whole numbers under Ones, exact in the subject's dtype."""
     draws, largest = trial.draws, LARGEST[trial.subject.arithmetic]
-    kinds = spread(draws, LAYOUT_KINDS)
-    drawn = draw_question(draws, trial.dtype, layouts=kinds, relevances=(Ones(),), cotangent=cotangent)
+    kinds, rare = spread(draws, LAYOUT_KINDS), draws.walk((None, None, None, None, *_RARE))
+    drawn = draw_question(draws, trial.dtype, operator=rare, layouts=kinds, relevances=(Ones(),), cotangent=cotangent)
     trial.require_claim(drawn)
     question = _small(draws.generator(), drawn, "float16" if largest < 2.0**24 else trial.dtype)
     # A factor 1/2 costs one binary digit.
