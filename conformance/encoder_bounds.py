@@ -71,8 +71,11 @@ class EncoderBounds:
 
     def collect(self, name: str, gradient: Bounded, row: int | None = None) -> None:
         """Add to the gradient of a parameter, or of one row of a table."""
-        index = slice(None) if row is None else row
-        self.gradients[name] = self.arithmetic.add_at(self.gradients[name], index, gradient)
+        before, add = self.gradients[name], self.arithmetic.add
+        if row is None:
+            self.gradients[name] = add(before, gradient)
+        else:
+            self.gradients[name] = before.rewritten(row, add(before[row], gradient))
 
     def _rows_by_slice(self, role: Role) -> Rows:
         found: Rows = []

@@ -62,6 +62,11 @@ class Bounded:
         value[index], magnitude[index], error[index] = new.value, new.magnitude, new.error
         return Bounded(value, magnitude, error, max(self.depth, new.depth))
 
+    def rewritten(self, index: Index, new: Bounded) -> Bounded:
+        """As :meth:`replaced`, but in these arrays themselves, which nobody else may hold."""
+        self.value[index], self.magnitude[index], self.error[index] = new.value, new.magnitude, new.error
+        return Bounded(self.value, self.magnitude, self.error, max(self.depth, new.depth))
+
     def moved(self, source: int, target: int) -> Bounded:
         """All three with one axis moved."""
         return self._each(lambda part: np.moveaxis(part, source, target))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from translution import spec
     from translution.algorithms import ALGORITHMS, Cost, Request
-    from translution.errors import CostError, InputError, NotSupported, UnknownName
+    from translution.errors import CostError, InputError, NotSupported, PlanError, UnknownName
     from translution.execution import Candidate, CompiledOperator, Plan, compile, explain, run, vjp  # noqa: A004 - as torch.compile
     from translution.registry import BACKENDS, Backend, Claims, Gradients, get_backend
     from translution.spec import Operator, SpecError
@@ -28,6 +28,7 @@ __all__ = [
     "NotSupported",
     "Operator",
     "Plan",
+    "PlanError",
     "Request",
     "SpecError",
     "UnknownName",
@@ -42,7 +43,7 @@ __all__ = [
 # Names are imported when first used, so that the command line answers before NumPy is loaded.
 _HOMES = {
     "translution.algorithms": ("ALGORITHMS", "Cost", "Request"),
-    "translution.errors": ("CostError", "InputError", "NotSupported", "UnknownName"),
+    "translution.errors": ("CostError", "InputError", "NotSupported", "PlanError", "UnknownName"),
     "translution.execution": ("Candidate", "CompiledOperator", "Plan", "compile", "explain", "run", "vjp"),
     "translution.registry": ("BACKENDS", "Backend", "Claims", "Gradients", "get_backend"),
     "translution.spec": ("Operator", "SpecError"),

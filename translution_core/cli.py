@@ -8,6 +8,7 @@ import typer
 
 from translution.command_files import JsonFile, check_file, write_json, wrong_use
 from translution.conform_command import conform
+from translution.pick_command import bench, pick
 
 app = typer.Typer(
     name="translution",
@@ -17,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(conform)
+app.command()(bench)
+app.command()(pick)
 
 
 @app.command()

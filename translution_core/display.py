@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "torch", "triton", "transformers", "mlxtend", "hypothesis", "matplotlib", "safetensors")
 
 
-def _console() -> Console:
+def new_console() -> Console:
     console = Console()
     # A pipe has no width; tables are then as wide as they need.
     return console if console.is_terminal else Console(width=160)
 
 
-def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+def titled_table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     right = set(numbers)
     for name in columns:
@@ -51,7 +51,9 @@ def _matrix(title: str, rows: "list[Row]") -> Table:
     """One line per subject, one column per backend and algorithm: the worst error as a share of its bound."""
     ways = list(dict.fromkeys((row.backend, row.algorithm) for row in rows if row.cases))
     shown = [f"{backend}\n{algorithm}" for backend, algorithm in ways]
-    table = _table(title, "subject", "compared with", "cases", "exact", *shown, numbers=("cases", "exact", *shown))
+    table = titled_table(
+        title, "subject", "compared with", "cases", "exact", *shown, numbers=("cases", "exact", *shown)
+    )
     for subject in dict.fromkeys(row.subject for row in rows if row.cases):
         own = {(row.backend, row.algorithm): row for row in rows if row.subject == subject}
         peers = ", ".join(dict.fromkeys(row.peer for row in own.values() if row.peer))
@@ -66,7 +68,7 @@ def _matrix(title: str, rows: "list[Row]") -> Table:
 
 def _listing(title: str, rows: "list[Row]") -> Table:
     numbers = ("cases", "worst error", "of its bound")
-    table = _table(title, "subject", "backend", "algorithm", *numbers, "verdict", "note", numbers=numbers)
+    table = titled_table(title, "subject", "backend", "algorithm", *numbers, "verdict", "note", numbers=numbers)
     for row in rows:
         figures = (f"{row.cases:,}", f"{row.worst_error:.1e}", _share(row)) if row.cases else ("", "", "")
         note = "; ".join(part for part in (row.peer, row.detail) if part)
@@ -76,7 +78,7 @@ def _listing(title: str, rows: "list[Row]") -> Table:
 
 def show_rows(rows: "Iterable[Row]") -> bool:
     """Print the sections and a closing line; whether everything holds."""
-    console, found = _console(), list(rows)
+    console, found = new_console(), list(rows)
     for section in dict.fromkeys(row.section for row in found):
         own = [row for row in found if row.section == section]
         if len({(row.backend, row.algorithm) for row in own if row.cases}) > 1:
@@ -105,13 +107,13 @@ def show_rows(rows: "Iterable[Row]") -> bool:
 def show_laws(laws: "Iterable[Law]") -> None:
     """Print every law with its statement and the clauses that it checks."""
     found = list(laws)
-    table = _table(f"{len(found)} laws", "law", "clauses", "statement", "cases", numbers=("cases",))
+    table = titled_table(f"{len(found)} laws", "law", "clauses", "statement", "cases", numbers=("cases",))
     for law in found:
         table.add_row(law.id, ", ".join(law.clauses), law.statement, " / ".join(str(n) for n in law.cases.values()))
-    _console().print(table)
+    new_console().print(table)
 
 
-def _bytes(count: int) -> str:
+def formatted_bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
@@ -147,14 +149,14 @@ def explanation_json(request: Request, candidates: Iterable[Candidate]) -> dict[
 
 def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
     """Print the normal form, the parameters and the candidates."""
-    console, operator, form = _console(), request.operator, request.normal_form
+    console, operator, form = new_console(), request.operator, request.normal_form
     layout = operator.layout
     place = f"Lattice {layout.grid}" if isinstance(layout, Lattice) else "PairTable"
     console.print(
         f"[bold]{place}[/]: {layout.num_queries:,} queries, {layout.num_keys:,} keys, "
         f"{layout.num_classes:,} displacement classes; {operator.num_heads} heads"
     )
-    table = _table("normal form", "role", "features per head", "terms (added up in their slice of a head)")
+    table = titled_table("normal form", "role", "features per head", "terms (added up in their slice of a head)")
     for role in (*form.roles, *((form.output,) if form.output else ())):
         terms = [
             f"[{t.start}:{t.start + t.width}] " + " . ".join(("y", *(n for n in (t.before, t.table, t.after) if n)))
@@ -164,11 +166,11 @@ def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
         terms += [f"[{t.start}:{t.start + t.width}] rotated, base {t.base:g}" for t in role.rotations]
         table.add_row(role.name, str(role.head_dim), "\n".join(t.replace("[", "\\[") for t in terms))
     console.print(table)
-    table = _table(f"{operator.num_parameters:,} parameters", "parameter", "shape")
+    table = titled_table(f"{operator.num_parameters:,} parameters", "parameter", "shape")
     for name, shape in operator.parameters.items():
         table.add_row(name, " x ".join(str(n) for n in shape))
     console.print(table)
-    table = _table(
+    table = titled_table(
         f"candidates at batch {request.batch}, {request.dtype} (estimates for one forward pass)",
         *("backend", "algorithm", "GFLOP", "working memory", "runs here"),
         numbers=("GFLOP", "working memory"),
@@ -178,7 +180,7 @@ def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
             c.backend,
             c.algorithm or "-",
             "-" if c.cost is None else f"{c.cost.flops / 1e9:,.3g}",
-            "-" if c.cost is None else _bytes(c.cost.working_bytes),
+            "-" if c.cost is None else formatted_bytes(c.cost.working_bytes),
             "[green]yes[/]" if not c.reasons else "no: " + "; ".join(c.reasons),
         )
     console.print(table)
@@ -212,13 +214,13 @@ def diagnosis() -> dict[str, Any]:
 
 def show_diagnosis(found: dict[str, Any]) -> None:
     """Print a diagnosis."""
-    console = _console()
+    console = new_console()
     console.print(" ".join(f"{name} {value}" for name, value in found["machine"].items()))
-    table = _table("packages", "package", "version")
+    table = titled_table("packages", "package", "version")
     for name, installed in found["packages"].items():
         table.add_row(name, installed or "[yellow]not installed[/]")
     console.print(table)
-    table = _table("backends", "backend", "algorithms", "dtypes", "runs here")
+    table = titled_table("backends", "backend", "algorithms", "dtypes", "runs here")
     for name, entry in found["backends"].items():
         runs = "[green]yes[/]" if entry["runs"] else "no: " + "; ".join(entry["reasons"])
         table.add_row(name, ", ".join(entry["algorithms"]), ", ".join(entry["dtypes"]), runs)

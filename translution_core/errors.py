@@ -4,6 +4,7 @@ ValueError
   SpecError          a spec breaks a rule (translution.spec)
   InputError         parameters, tokens or masks do not fit the operator
   CostError          the operator would need more memory than there is
+  PlanError          a file is no plan, or one that does not hold here
 LookupError
   UnknownName        no backend, algorithm or preset of that name
 NotImplementedError
@@ -24,6 +25,10 @@ class InputError(ValueError):
 
 class CostError(ValueError):
     """The operator would need more memory than the machine has; says how much and what would fit."""
+
+
+class PlanError(ValueError):
+    """A file holds no plan, or one that was made for another machine or version; says what differs and what to do."""
 
 
 class UnknownName(LookupError):

@@ -238,16 +238,30 @@ class CompiledOperator:
 
 
 def compile(  # noqa: A001 - as torch.compile
-    operator: Operator, backend: str = "torch", algorithm: str | None = None, plan: Plan | None = None
+    operator: Operator,
+    backend: str = "torch",
+    algorithm: str | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
 ) -> CompiledOperator:
     """A callable ``call(params, x, y=None, mask=None)`` for one operator.
 
-    ``plan`` carries operator, backend and algorithm; given together with another operator it is refused.
+    ``plan`` carries operator, backend and algorithm; given together with another operator it is refused. The path of a
+    file that ``translution pick`` wrote will do too.
+
+    Raises:
+        PlanError: the file is no plan, or was made for another machine or other versions.
     """
     _check_operator(operator)
+    if isinstance(plan, (str, os.PathLike)):
+        from translution.plan_file import load_plan
+
+        plan = load_plan(plan)
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(
-            "B1", f"plan is a {type(plan).__name__}", "a plan is a translution.Plan", "Give Plan(operator, ...)"
+            "B1",
+            f"plan is a {type(plan).__name__}",
+            "a plan is a translution.Plan or its file",
+            "Give Plan(operator, ...)",
         )
     if plan is not None and (backend, algorithm) not in (("torch", None), (plan.backend, plan.algorithm)):
         raise InputError(
