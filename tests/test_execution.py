@@ -136,7 +136,7 @@ def test_compiled_operator_is_the_call_it_stands_for() -> None:
     with pytest.raises(InputError, match="Leave backend and algorithm out"):
         translution.compile(OPERATOR, "numpy", "stream", plan=Plan(OPERATOR, "torch", "pairwise"))
     with pytest.raises(InputError, match=r"a plan is a translution\.Plan"):
-        translution.compile(OPERATOR, plan="plan.json")  # type: ignore[arg-type]
+        translution.compile(OPERATOR, plan=3)  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="Did you mean 'numpy'"):
         translution.compile(OPERATOR, backend="nunpy")
     with pytest.raises(InputError, match=r"translution\.spec\.Operator"):
