@@ -1,11 +1,12 @@
 """Timing: intervals that hold the median, interleaved rounds, and who is faster for certain."""
 
 import random
+from statistics import median
 
 import pytest
 
 from translution import trials
-from translution.trials import MORE_ROUNDS, ROUNDS, Timing, contenders, interval, measure, median
+from translution.trials import MORE_ROUNDS, ROUNDS, Timing, contenders, interval, measure
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, (0, 0)), (5, (0, 4)), (6, (0, 5)), (9, (1, 7)), (27, (7, 19))])

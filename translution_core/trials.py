@@ -9,6 +9,7 @@ import math
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from translution.progress import Update, silently
 
@@ -30,12 +31,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         k += 1
     cut = max(k - 1, 0)
     return ordered[cut], ordered[count - 1 - cut]
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of both."""
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 @dataclass(frozen=True, slots=True)
