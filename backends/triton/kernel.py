@@ -28,16 +28,16 @@ def columns_of(rows, present, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def project(acc, rows, present, table, cols, channels, stride: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
-            BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """``acc + tokens @ table[:, cols]`` over INNER channels, of which ``channels`` are the first BK."""
+def project(acc, rows, present, table, cols, across, down, stride: tl.constexpr, INNER: tl.constexpr,
+            WIDTH: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """``acc + tokens @ table[:, cols]`` over INNER channels; ``across`` [1, BK] and ``down`` [BK, 1] are the first."""
     for c in range(0, INNER, BK):
-        down = c + channels[:, None]
-        x = columns_of(rows, present, c + channels[None, :], INNER, BK)
+        x = columns_of(rows, present, c + across, INNER, BK)
         if INNER % BK == 0 and WIDTH % BLOCK == 0:
-            w = tl.load(table + (down * stride + cols))
+            w = tl.load(table + ((c + down) * stride + cols))
         else:
-            w = tl.load(table + (down * stride + cols), mask=(down < INNER) & (cols < WIDTH), other=0.0)
+            inside = (c + down < INNER) & (cols < WIDTH)
+            w = tl.load(table + ((c + down) * stride + cols), mask=inside, other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
@@ -136,6 +136,8 @@ def fused_forward_kernel(
     q_tokens += first_item * q_tokens_batch + (item_column * q_tokens_batch + query_column * Q_INNER)
     k_tokens += first_item * k_tokens_batch
     v_tokens += first_item * v_tokens_batch
+    k_items = item_column * k_tokens_batch
+    v_items = item_column * v_tokens_batch
     q_static += first_item * q_static_batch + (item_column * q_static_batch + head_column * WIDTH)
     k_static += first_item * k_static_batch + (item_column * k_static_batch + head * WIDTH)
     q_plain += first_item * q_plain_batch + (item_column * q_plain_batch + head_column * PLAIN)
@@ -151,8 +153,10 @@ def fused_forward_kernel(
 
     plain_cols = tl.arange(0, BP)[None, :]
     width_cols = tl.arange(0, BW)[None, :]
-    inner = tl.arange(0, BQ)
-    v_inner = tl.arange(0, BK)
+    across = tl.arange(0, BQ)[None, :]
+    down = tl.arange(0, BQ)[:, None]
+    v_across = tl.arange(0, BK)[None, :]
+    v_down = tl.arange(0, BK)[:, None]
 
     # Lower than any logit but -inf, so that a row that has seen none but such never computes inf - inf.
     highest = tl.full([ROWS], -3.4028234663852886e38, tl.float32)
@@ -191,31 +195,37 @@ def fused_forward_kernel(
             logits = tl.full([ROWS], 0.0, tl.float32)
             if PLAIN > 0:
                 k_plain_rows = k_plain + key_column * (HEADS * PLAIN)
-                for d in range(0, PLAIN, BP):
-                    cols = d + plain_cols
+                cols = plain_cols
+                for _ in range(0, PLAIN, BP):
                     q = columns_of(q_plain, inside_column, cols, PLAIN, BP)
                     k = columns_of(k_plain_rows, live_column, cols, PLAIN, BP)
                     logits += tl.sum(q * k, axis=1)
+                    if BP < PLAIN:
+                        cols += BP
             if WIDTH > 0:
-                for d in range(0, WIDTH, BW):
-                    cols = d + width_cols
-                    q = tl.full([ROWS, BW], 0.0, tl.float32)
-                    k = tl.full([ROWS, BW], 0.0, tl.float32)
+                cols = width_cols
+                for _ in range(0, WIDTH, BW):
                     if HAS_Q_STATIC:
                         q = columns_of(q_static, inside_column, cols, WIDTH, BW)
+                    else:
+                        q = tl.full([ROWS, BW], 0.0, tl.float32)
                     if HAS_K_STATIC:
                         k_static_rows = k_static + key_column * (HEADS * WIDTH)
                         k = columns_of(k_static_rows, live_column, cols, WIDTH, BW)
+                    else:
+                        k = tl.full([ROWS, BW], 0.0, tl.float32)
                     if Q_INNER > 0:
                         table = q_table + row * (Q_INNER * Q_COLUMNS)
-                        q = project(q, q_tokens, inside_column, table, cols, inner, Q_COLUMNS, Q_INNER, WIDTH,
+                        q = project(q, q_tokens, inside_column, table, cols, across, down, Q_COLUMNS, Q_INNER, WIDTH,
                                     BQ, BW, UPCAST)  # fmt: skip
                     if K_INNER > 0:
-                        k_rows = k_tokens + (item_column * k_tokens_batch + key_column * K_INNER)
+                        k_rows = k_tokens + (k_items + key_column * K_INNER)
                         table = k_table + (first_key_row - tap_x) * (K_INNER * K_COLUMNS)
-                        k = project(k, k_rows, live_column, table, cols, inner, K_COLUMNS, K_INNER, WIDTH,
+                        k = project(k, k_rows, live_column, table, cols, across, down, K_COLUMNS, K_INNER, WIDTH,
                                     BQ, BW, UPCAST)  # fmt: skip
                     logits += tl.sum(q * k, axis=1)
+                    if BW < WIDTH:
+                        cols += BW
 
             if NORMALISE:
                 logits = logits * scale
@@ -240,10 +250,10 @@ def fused_forward_kernel(
                     acc_static = acc_static * fading[:, None]
                 acc_static += weight_column * v
             if V_WIDTH > 0:
-                v_rows = v_tokens + (item_column * v_tokens_batch + key_column * V_INNER)
+                v_rows = v_tokens + (v_items + key_column * V_INNER)
                 table = v_table + row * (V_INNER * V_COLUMNS)
                 v = tl.full([ROWS, BV], 0.0, tl.float32)
-                v = project(v, v_rows, live_column, table, v_cols, v_inner, V_COLUMNS, V_INNER, V_WIDTH,
+                v = project(v, v_rows, live_column, table, v_cols, v_across, v_down, V_COLUMNS, V_INNER, V_WIDTH,
                             BK, BV, UPCAST)  # fmt: skip
                 if NORMALISE:
                     acc_relative = acc_relative * fading[:, None]

@@ -6,39 +6,48 @@ subject's dtype holds, so that what may lie between the two is the bound of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
+from functools import cache
+from typing import TYPE_CHECKING
 
 from translution.conformance.error_model import budget
 from translution.conformance.exam.law import Trial, law
 from translution.conformance.exam.question import Question, rounded
 from translution.conformance.laws.equality import require_held
-from translution.conformance.reductions import Reduction, ReductionCase
-from translution.conformance.reductions_attention import ATTENTION
-from translution.conformance.reductions_convolution import CONVOLUTIONS
-from translution.conformance.reductions_relative import RELATIVE
 
-_EVERY = {reduction.id: reduction for reduction in (*CONVOLUTIONS, *ATTENTION, *RELATIVE)}
+if TYPE_CHECKING:
+    from translution.conformance.reductions import Reduction, ReductionCase
 
 
-def _named(start: str) -> tuple[Reduction, ...]:
-    return tuple(reduction for name, reduction in _EVERY.items() if name.startswith(start))
+@cache
+def _peers(kind: str) -> tuple[Reduction, ...]:
+    """The reductions of a kind. They import torch, which takes a second that a list of laws is not worth."""
+    from translution.conformance.reductions_attention import ATTENTION
+    from translution.conformance.reductions_convolution import CONVOLUTIONS
+    from translution.conformance.reductions_relative import RELATIVE
+
+    every = {reduction.id: reduction for reduction in (*CONVOLUTIONS, *ATTENTION, *RELATIVE)}
+
+    def named(*starts: str) -> tuple[Reduction, ...]:
+        return tuple(reduction for start in starts for name, reduction in every.items() if name.startswith(start))
+
+    return {
+        "convolution": named("convolution", "depthwise"),
+        "transposed": named("transposed"),
+        "pooling": named("average"),
+        "attention": ATTENTION[:3],
+        "attention with weights": ATTENTION[:2],
+        "encodings": RELATIVE,
+        "alike": (ATTENTION[3], every["translution-weights-one"]),
+    }[kind]
 
 
-_CONVOLUTION = (*_named("convolution"), *_named("depthwise"))
-_TRANSPOSED = _named("transposed")
-_POOLING = _named("average")
-_ATTENTION = ATTENTION[:3]
-_ENCODINGS = RELATIVE
-_ALIKE = (ATTENTION[3], _EVERY["translution-weights-one"])
+def _case(trial: Trial, kind: str) -> tuple[ReductionCase, bool]:
+    """A case of one of the reductions of that kind in numbers that the dtype holds; whether both sides are exact."""
+    import torch
 
-
-def _case(trial: Trial, reductions: Sequence[Reduction]) -> tuple[ReductionCase, bool]:
-    """A case of one of the reductions in numbers that the dtype holds, and whether both sides are exact."""
     draws = trial.draws
-    reduction = draws.walk(tuple(reductions))
+    reduction = draws.walk(_peers(kind))
     integers = reduction.exact and draws.some(0.4)
     case = reduction.sample(draws.integer(0, 9999), integers=integers)
     weights = {name: torch.from_numpy(rounded(value.numpy(), trial.dtype)) for name, value in case.peer.weights.items()}
@@ -59,9 +68,9 @@ def _question(case: ReductionCase) -> Question:
     return Question(case.operator, case.params, case.x, case.y, case.mask, case.cotangent, label=case.note)
 
 
-def _values(trial: Trial, reductions: Sequence[Reduction]) -> None:
+def _values(trial: Trial, kind: str) -> None:
     """The result is the peer's."""
-    case, exact = _case(trial, reductions)
+    case, exact = _case(trial, kind)
     question = _question(case).but(cotangent=None)
     out, expected = trial.run(question).out, case.expected.out
     if exact:
@@ -72,9 +81,9 @@ def _values(trial: Trial, reductions: Sequence[Reduction]) -> None:
     trial.within(f"result, {case.note}", out, expected, trial.budget(question).out + peer.out)
 
 
-def _gradients(trial: Trial, reductions: Sequence[Reduction]) -> None:
+def _gradients(trial: Trial, kind: str) -> None:
     """The gradients are the peer's, those of parameters after the transpose of what made them from its weights."""
-    case, exact = _case(trial, reductions)
+    case, exact = _case(trial, kind)
     question = _question(case)
     found = trial.vjp(question).gradients
     own = {name: value for name, value in found.items() if name in ("x", "y")}
@@ -109,7 +118,7 @@ def convolution(trial: Trial) -> None:
     """One matrix per displacement under Ones is ``torch.nn.Conv1d``, ``Conv2d`` or ``Conv3d``: any stride, padding,
     dilation, groups and padding mode, with and without bias.
     """
-    _values(trial, _CONVOLUTION)
+    _values(trial, "convolution")
 
 
 @law(
@@ -119,19 +128,19 @@ def convolution(trial: Trial) -> None:
 )
 def convolution_gradient(trial: Trial) -> None:
     """The gradients of that operator are those of the convolution: input, kernel and bias."""
-    _gradients(trial, _CONVOLUTION)
+    _gradients(trial, "convolution")
 
 
 @law("TRANSPOSED-CONVOLUTION", clauses=("L1", "L2", "E5", "R2"), kills=("key-stride-ignored",))
 def transposed_convolution(trial: Trial) -> None:
     """With keys ``stride`` apart it is ``torch.nn.ConvTranspose1d``, ``2d`` or ``3d``."""
-    _values(trial, _TRANSPOSED)
+    _values(trial, "transposed")
 
 
 @law("TRANSPOSED-CONVOLUTION-GRADIENT", clauses=("L1", "L2", "E5", "R2", "B1"), kills=("value-gradient-mirrored",))
 def transposed_convolution_gradient(trial: Trial) -> None:
     """The gradients of that operator are those of the transposed convolution."""
-    _gradients(trial, _TRANSPOSED)
+    _gradients(trial, "transposed")
 
 
 @law("POOLING", clauses=("L2", "L5", "E3", "R3"), kills=("mean-over-window", "zeros-as-absent"), quick=6)
@@ -139,7 +148,7 @@ def pooling(trial: Trial) -> None:
     """The mean of the keys in a window is ``torch.nn.AvgPool1d``, ``2d`` or ``3d``; padded zeros count or not, as the
     boundary says.
     """
-    _values(trial, _POOLING)
+    _values(trial, "pooling")
 
 
 @law(
@@ -152,7 +161,7 @@ def multihead_attention(trial: Trial) -> None:
     """One matrix for all displacements under a softmax is ``torch.nn.MultiheadAttention``, masks, causal order, keys
     and values of other widths included, and ``scaled_dot_product_attention``.
     """
-    _values(trial, _ATTENTION)
+    _values(trial, "attention")
 
 
 @law(
@@ -162,7 +171,7 @@ def multihead_attention(trial: Trial) -> None:
 )
 def multihead_attention_gradient(trial: Trial) -> None:
     """The gradients of that operator are those of multi-head attention."""
-    _gradients(trial, _ATTENTION)
+    _gradients(trial, "attention")
 
 
 @law(
@@ -173,7 +182,7 @@ def multihead_attention_gradient(trial: Trial) -> None:
 )
 def multihead_attention_weights(trial: Trial) -> None:
     """Returned weights are those that ``torch.nn.MultiheadAttention`` returns, head by head."""
-    case, _ = _case(trial, ATTENTION[:2])
+    case, _ = _case(trial, "attention with weights")
     if case.expected.attention is None:
         trial.draws.reject("the peer gives no weights here")
     question = _question(case).but(cotangent=None, return_weights=True)
@@ -200,7 +209,7 @@ def relative_encodings(trial: Trial) -> None:
     """Encodings of relative positions are those of their papers, written out pair by pair: Translution and
     alpha-Translution, rotations on a grid, Shaw's vectors, logits of rows and columns, gated positions.
     """
-    _values(trial, _ENCODINGS)
+    _values(trial, "encodings")
 
 
 @law(
@@ -211,7 +220,7 @@ def relative_encodings(trial: Trial) -> None:
 )
 def relative_encodings_gradient(trial: Trial) -> None:
     """The gradients of these operators are those of the formulas."""
-    _gradients(trial, _ENCODINGS)
+    _gradients(trial, "encodings")
 
 
 @law(
@@ -223,4 +232,4 @@ def equal_tables(trial: Trial) -> None:
     """Translution with the same matrix for every displacement is multi-head attention, with weights of 1 a convolution
     over the whole grid.
     """
-    _values(trial, _ALIKE)
+    _values(trial, "alike")
