@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from translution.spec.serialization import operator_from_data
+
 MODEL = """
 import torch
 
@@ -147,6 +149,24 @@ def test_explain_does_not_promise_memory_that_is_not_there(tmp_path: Path) -> No
     (pairwise,) = (c for c in candidates if (c["backend"], c["algorithm"]) == ("torch", "pairwise"))
     assert not pairwise["runs"]
     assert "GiB of working memory" in pairwise["reasons"][0]
+
+
+def test_explain_refuses_what_is_over_the_memory_and_says_what_fits(tmp_path: Path) -> None:
+    spec = "translution2d:height=6,width=6,dim=48,num_heads=3"
+    done = translution("explain", spec, "--train", "--max-memory", "5MB", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    (stream,) = (c for c in found["candidates"] if (c["backend"], c["algorithm"]) == ("torch", "stream"))
+    needed = stream["working_bytes"] + stream["parameter_bytes"]
+    assert stream["counted"]
+    assert f"needs {needed:,} bytes with its parameters, more than 5,000,000" in stream["reasons"][0]
+    assert found["fits"]
+    for fit in found["fits"]:
+        assert fit["working_bytes"] + fit["parameter_bytes"] <= 5_000_000
+        assert fit["change"] in " ".join(done.stdout.split())
+        assert operator_from_data(fit["operator"]).num_parameters > 0
+    enough = translution("explain", spec, "--train", "--max-memory", "1GB", cwd=tmp_path)
+    assert enough.returncode == 0, enough.stdout + enough.stderr
 
 
 def test_explain_shows_parameters_and_every_backend(tmp_path: Path) -> None:

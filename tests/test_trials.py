@@ -73,6 +73,13 @@ def test_the_drift_of_a_machine_is_no_difference(clock):
     assert contenders(found) == ["a"]
 
 
+def test_noise_makes_no_tie_of_what_is_far_apart():
+    # Slower by half in the median, and faster in enough rounds to be uncertain.
+    found = {"a": Timing((1.0,) * 9), "b": Timing((0.9, 0.9, 0.9, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5))}
+    assert found["b"].ratio(found["a"])[1] <= 1
+    assert contenders(found) == ["a"]
+
+
 def test_more_rounds_where_two_cannot_be_told_apart(clock):
     calls, _ = clock
     generator = random.Random(1)

@@ -49,11 +49,23 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Estimates for one forward pass: operations, peak working memory beyond inputs and parameters, parameters."""
+    """What one call costs; with ``Request.gradient`` forward and backward together.
+
+    ``flops``: of its matrix products. ``working_bytes``: at most at any time, beyond tokens and parameters; gradients
+    of the parameters are part of it. ``parameter_bytes``. ``traffic_bytes``: what all operations read and write, None
+    where that is not known. ``counted``: whether the backend's own operations were counted, or this is an estimate.
+    """
 
     flops: int
     working_bytes: int
     parameter_bytes: int
+    traffic_bytes: int | None = None
+    counted: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Parameters and working memory."""
+        return self.parameter_bytes + self.working_bytes
 
 
 def why_not(request: Request, algorithm: str) -> list[str]:
@@ -129,7 +141,7 @@ def _linear_flops(role: Role, shapes: dict[str, tuple[int, ...]], links: int, to
 
 
 def cost(request: Request, algorithm: str) -> Cost:
-    """What one forward pass costs. Halves are counted as computed: at least in float32 (clause D2)."""
+    """An estimate from the normal form alone, made at once. Halves are counted as computed: in float32 (clause D2)."""
     if algorithm not in ALGORITHMS:
         raise UnknownName("algorithm", algorithm, ALGORITHMS)
     operator, form = request.operator, request.normal_form
@@ -155,8 +167,13 @@ def cost(request: Request, algorithm: str) -> Cost:
         "sdpa": encoded,
         "fused": encoded,
     }[algorithm]
+    parameters = operator.num_parameters
+    if request.gradient:
+        # Two products for every one of the forward pass, which stream computes again; gradients of all that is above.
+        flops *= 4 if algorithm == "stream" else 3
+        working *= 2
     return Cost(
         flops=batch * flops,
-        working_bytes=batch * working * item + 16 * links,
-        parameter_bytes=operator.num_parameters * ITEM_BYTES[request.dtype],
+        working_bytes=batch * working * item + 16 * links + (parameters * item if request.gradient else 0),
+        parameter_bytes=parameters * ITEM_BYTES[request.dtype],
     )

@@ -8,7 +8,19 @@ import typer
 
 from translution.command_files import JsonFile, check_file, write_json, wrong_use
 from translution.conform_command import conform
-from translution.pick_command import bench, pick
+from translution.pick_command import (
+    Batch,
+    Device,
+    Dtype,
+    Mask,
+    MaxMemory,
+    Spec,
+    Train,
+    bench,
+    memory_size,
+    pick,
+    request_for,
+)
 
 app = typer.Typer(
     name="translution",
@@ -73,27 +85,38 @@ def verify(
 
 @app.command()
 def explain(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A JSON file, or NAME2d:height=7,width=7,dim=192,...")],
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    spec: Spec,
+    batch: Batch = 1,
+    dtype: Dtype = "float32",
+    train: Train = False,
+    mask: Mask = "none",
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run."""
-    check_file("--json", json_file)
-    from translution.algorithms import ITEM_BYTES, Request
-    from translution.display import explanation_json, show_explanation
-    from translution.execution import explain as candidates
-    from translution.spec import SpecError, parse_spec
+    """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run.
 
-    if dtype not in ITEM_BYTES:
-        raise wrong_use(f"--dtype {dtype}: choose one of {', '.join(ITEM_BYTES)}")
-    try:
-        request = Request(parse_spec(spec), batch=batch, dtype=dtype)
-    except (SpecError, OSError) as error:
-        raise wrong_use(str(error)) from error
-    found = candidates(request)
+    Nothing is computed or allocated. With --max-memory, exit code 1 where nothing fits; then other operators that do
+    are shown.
+    """
+    check_file("--json", json_file)
+    from translution.cheaper import cheaper
+    from translution.display import explanation_json, show_explanation, show_fits
+    from translution.execution import explain as candidates
+    from translution.progress import Progress
+
+    request = request_for(spec, batch, dtype, train, mask, device)
+    limit = None if max_memory is None else memory_size(max_memory)
+    found = candidates(request, limit)
     show_explanation(request, found)
-    write_json(json_file, explanation_json(request, found))
+    over = limit is not None and all(c.reasons for c in found)
+    fits = []
+    if limit is not None and over:
+        with Progress() as progress:
+            fits = cheaper(request, limit, update=progress.update)
+        show_fits(fits, limit)
+    write_json(json_file, explanation_json(request, found, fits if over else None))
+    raise typer.Exit(1 if over else 0)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from translution.algorithms import Request
+from translution.algorithms import Cost, Request
 from translution.errors import NotSupported
 from translution.execution import Candidate
 from translution.registry import BACKENDS, get_backend
@@ -17,6 +17,7 @@ from translution.spec import Lattice
 from translution.spec.serialization import operator_to_data
 
 if TYPE_CHECKING:
+    from translution.cheaper import Fit
     from translution.conformance.exam.law import Law
     from translution.conformance.results import Row
 
@@ -122,8 +123,15 @@ def formatted_bytes(count: int) -> str:
     raise AssertionError
 
 
-def explanation_json(request: Request, candidates: Iterable[Candidate]) -> dict[str, Any]:
-    """The explanation as plain data."""
+def _cost_data(cost: Cost | None) -> dict[str, Any]:
+    names = ("flops", "working_bytes", "parameter_bytes", "traffic_bytes", "counted")
+    return {name: None if cost is None else getattr(cost, name) for name in names}
+
+
+def explanation_json(
+    request: Request, candidates: Iterable[Candidate], fits: "Iterable[Fit] | None" = None
+) -> dict[str, Any]:
+    """The explanation as plain data; ``fits``, where nothing did, is what would."""
     operator = request.operator
     return {
         "operator": operator_to_data(operator),
@@ -138,13 +146,45 @@ def explanation_json(request: Request, candidates: Iterable[Candidate]) -> dict[
                 "algorithm": c.algorithm,
                 "runs": not c.reasons,
                 "reasons": list(c.reasons),
-                "flops": None if c.cost is None else c.cost.flops,
-                "working_bytes": None if c.cost is None else c.cost.working_bytes,
-                "parameter_bytes": None if c.cost is None else c.cost.parameter_bytes,
+                **_cost_data(c.cost),
             }
             for c in candidates
         ],
+    } | ({} if fits is None else {"fits": [_fit_data(fit) for fit in fits]})
+
+
+def _fit_data(fit: "Fit") -> dict[str, Any]:
+    return {
+        "change": fit.change,
+        "operator": operator_to_data(fit.request.operator),
+        "batch": fit.request.batch,
+        "backend": fit.backend,
+        "algorithm": fit.algorithm,
+        **_cost_data(fit.cost),
     }
+
+
+def show_fits(fits: "Iterable[Fit]", limit: int) -> None:
+    """Print what would fit."""
+    found = list(fits)
+    if not found:
+        new_console().print(f"Nothing that is known to be cheaper fits into {formatted_bytes(limit)} either.")
+        return
+    numbers = ("parameters", "memory in all")
+    title = f"what fits into {formatted_bytes(limit)}: of each kind the least change"
+    table = titled_table(title, "change", "backend", "algorithm", *numbers, numbers=numbers)
+    for fit in found:
+        count = f"{fit.request.operator.num_parameters:,}"
+        table.add_row(fit.change, fit.backend, fit.algorithm, count, formatted_bytes(fit.cost.total_bytes))
+    new_console().print(table)
+
+
+def _cost_cells(cost: Cost | None) -> tuple[str, str, str]:
+    if cost is None:
+        return "-", "-", "-"
+    about = "" if cost.counted else "~ "
+    traffic = "" if cost.traffic_bytes is None else formatted_bytes(cost.traffic_bytes)
+    return f"{about}{cost.flops / 1e9:,.3g}", traffic, f"{about}{formatted_bytes(cost.working_bytes)}"
 
 
 def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
@@ -170,17 +210,18 @@ def show_explanation(request: Request, candidates: Iterable[Candidate]) -> None:
     for name, shape in operator.parameters.items():
         table.add_row(name, " x ".join(str(n) for n in shape))
     console.print(table)
+    numbers = ("GFLOP", "read and written", "working memory")
     table = titled_table(
-        f"candidates at batch {request.batch}, {request.dtype} (estimates for one forward pass)",
-        *("backend", "algorithm", "GFLOP", "working memory", "runs here"),
-        numbers=("GFLOP", "working memory"),
+        f"candidates at batch {request.batch}, {request.dtype}: "
+        f"{'forward and backward' if request.gradient else 'forward'}; ~ marks estimates, the others were counted",
+        *("backend", "algorithm", *numbers, "runs here"),
+        numbers=numbers,
     )
     for c in candidates:
         table.add_row(
             c.backend,
             c.algorithm or "-",
-            "-" if c.cost is None else f"{c.cost.flops / 1e9:,.3g}",
-            "-" if c.cost is None else formatted_bytes(c.cost.working_bytes),
+            *_cost_cells(c.cost),
             "[green]yes[/]" if not c.reasons else "no: " + "; ".join(c.reasons),
         )
     console.print(table)

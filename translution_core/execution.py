@@ -8,9 +8,13 @@ from typing import Any
 from translution.algorithms import ALGORITHMS, Cost, Request, cost
 from translution.arrays import Array, dtype_name, kind_of, needs_gradient, to_kind
 from translution.errors import CostError, InputError, NotSupported, UnknownName
+from translution.geometry import count_links
 from translution.inputs import Inputs, check_inputs
 from translution.registry import BACKENDS, Backend, Gradients, get_backend
 from translution.spec import Operator
+
+# Seconds of a dry run.
+MOST_LINKS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,20 @@ def reasons_against(backend: Backend, request: Request, algorithm: str) -> list[
     if algorithm not in backend.algorithms:
         return [*reasons, f"{backend.name} has no algorithm {algorithm!r}; it has {', '.join(backend.algorithms)}"]
     return [*reasons, *backend.not_supported(request, algorithm)]
+
+
+def predict(backend: Backend, request: Request, algorithm: str) -> Cost:
+    """What the call costs, from the operator alone: counted by the backend's own ``dry_run`` where it has one and there
+    are not more than ``MOST_LINKS`` to walk over, else estimated.
+
+    Raises:
+        UnknownName: nothing is known of that algorithm.
+    """
+    estimate, dry_run = cost(request, algorithm), getattr(backend, "dry_run", None)
+    if dry_run is None or count_links(request.operator.layout) > MOST_LINKS:
+        return estimate
+    found: Cost = dry_run(request, algorithm)
+    return found
 
 
 def choose_algorithm(backend: Backend, request: Request, algorithm: str | None = None) -> str:
@@ -294,8 +312,11 @@ class Candidate:
     reasons: tuple[str, ...]
 
 
-def explain(request: Request) -> list[Candidate]:
-    """Every backend and algorithm for a request, the default of each backend first among those that run."""
+def explain(request: Request, limit: int | None = None) -> list[Candidate]:
+    """Every backend and algorithm for a request, the default of each backend first among those that run.
+
+    With ``limit``, those that need more bytes with their parameters do not run.
+    """
     found: list[Candidate] = []
     for name in BACKENDS:
         try:
@@ -303,10 +324,14 @@ def explain(request: Request) -> list[Candidate]:
         except NotSupported as error:
             found.append(Candidate(name, None, None, error.reasons))
             continue
+        # Gradients of NumPy arrays are those of ``vjp``: nothing is recorded.
+        own = replace(request, gradient=request.gradient and backend.kind == "torch")
         for algorithm in backend.algorithms:
-            reasons = reasons_against(backend, request, algorithm)
-            estimate = cost(request, algorithm)
-            if too_much := _too_much(estimate, request, algorithm, physical_memory()):
+            reasons = reasons_against(backend, own, algorithm)
+            expected = cost(request, algorithm) if reasons else predict(backend, request, algorithm)
+            if too_much := _too_much(expected, request, algorithm, physical_memory()):
                 reasons.append(too_much)
-            found.append(Candidate(name, algorithm, estimate, tuple(reasons)))
+            elif not reasons and limit is not None and expected.total_bytes > limit:
+                reasons.append(f"needs {expected.total_bytes:,} bytes with its parameters, more than {limit:,}")
+            found.append(Candidate(name, algorithm, expected, tuple(reasons)))
     return found

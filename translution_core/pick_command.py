@@ -38,7 +38,7 @@ BackendNames = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="What a call may take beyond tokens and parameters, e.g. 2GB, 500MiB."),
+    typer.Option(metavar="SIZE", help="What parameters and a call may take together, e.g. 2GB, 500MiB."),
 ]
 
 
@@ -54,7 +54,8 @@ def memory_size(text: str) -> int:
     return count
 
 
-def _request(spec: str, batch: int, dtype: str, train: bool, mask: str, device: str) -> "Request":
+def request_for(spec: str, batch: int, dtype: str, train: bool, mask: str, device: str) -> "Request":
+    """The request that these options make; exit code 2 where they don't."""
     from translution.algorithms import Request
     from translution.spec import SpecError, parse_spec
 
@@ -113,7 +114,7 @@ def bench(
     check_file("--json", json_file)
     from translution.selection_display import show_selection
 
-    found = _selected(_request(spec, batch, dtype, train, mask, device), "latency", backend, max_memory)
+    found = _selected(request_for(spec, batch, dtype, train, mask, device), "latency", backend, max_memory)
     show_selection(found, "bench")
     write_json(json_file, found.data())
     raise typer.Exit(0 if found.chosen else 1)
@@ -161,7 +162,7 @@ def pick(
     from translution.plan_file import plan_data, write_plan
     from translution.selection_display import show_selection
 
-    request = _request(spec, batch, dtype, train, mask, device)
+    request = request_for(spec, batch, dtype, train, mask, device)
     found = _selected(request, objective, backend, max_memory)
     show_selection(found, "pick")
     write_json(json_file, found.data())

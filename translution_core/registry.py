@@ -59,7 +59,8 @@ def claims_of(backend: "Backend") -> Claims:
 class Backend(Protocol):
     """What a backend provides. Arrays are of its ``kind``; :class:`Inputs` are checked and have one batch dimension.
 
-    ``algorithms`` lists what it can run, preferred first; ``dtypes`` what it claims for tokens and parameters.
+    ``algorithms`` lists what it can run, preferred first; ``dtypes`` what it claims for tokens and parameters. It may
+    have ``dry_run(request, algorithm) -> Cost`` as well: what a call costs, without computing it.
     """
 
     name: str

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from translution.algorithms import ALGORITHMS, Request, cost
+from translution.algorithms import ALGORITHMS, ITEM_BYTES, Cost, Request, cost
 from translution.errors import NotSupported
-from translution.execution import Plan, reasons_against
+from translution.execution import Plan, predict, reasons_against
 from translution.peak_memory import CannotMeasure, peak_memory
 from translution.plan_file import request_data
 from translution.progress import Update, silently
@@ -111,7 +111,8 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
 
 
 def candidates(request: Request, backends: Sequence[str] = tuple(BACKENDS), limit: int | None = None) -> list[Entry]:
-    """Every algorithm of these backends; ``out`` where it can't run, or is predicted to take more than ``limit`` bytes.
+    """Every algorithm of these backends; ``out`` where it can't run, or is predicted to take more than ``limit`` bytes
+    with its parameters.
 
     The ``definition`` is out: it is what the others are compared with.
     """
@@ -123,16 +124,27 @@ def candidates(request: Request, backends: Sequence[str] = tuple(BACKENDS), limi
             found.append(Entry(name, "-", request.batch, 0, out="; ".join(error.reasons)))
             continue
         for algorithm in backend.algorithms:
-            # An algorithm of somebody else's has no prediction.
-            predicted = cost(request, algorithm).working_bytes if algorithm in ALGORITHMS else 0
             own = replace(request, gradient=request.gradient and backend.kind == "torch")
             reasons = reasons_against(backend, own, algorithm)
             if algorithm == "definition":
                 reasons.append("the definition is what the others are compared with, not for deployment")
-            elif limit is not None and predicted > limit:
-                reasons.append(f"predicted to take {predicted:,} bytes of {limit:,}")
+            expected, failure = _predicted(backend, request, algorithm, count=not reasons)
+            reasons += failure
+            predicted = 0 if expected is None else expected.working_bytes
+            if limit is not None and expected is not None and expected.total_bytes > limit:
+                reasons.append(f"predicted to take {expected.total_bytes:,} bytes of {limit:,}")
             found.append(Entry(name, algorithm, request.batch, predicted, out="; ".join(dict.fromkeys(reasons))))
     return found
+
+
+def _predicted(backend: Backend, request: Request, algorithm: str, *, count: bool) -> tuple[Cost | None, list[str]]:
+    """The cost, None for an algorithm of somebody else's; and why it can't be known, as a reason to be out."""
+    if algorithm not in ALGORITHMS:
+        return None, []
+    try:
+        return predict(backend, request, algorithm) if count else cost(request, algorithm), []
+    except Exception as error:  # noqa: BLE001 - a dry run is the backend's own code
+        return None, [f"dry run: {error}"]
 
 
 def checked(entry: Entry, check: Check) -> Entry:
@@ -165,7 +177,7 @@ def timed(entries: Sequence[Entry], request: Request, update: Update = silently)
 
 
 def weighed(entry: Entry, request: Request, limit: int | None) -> Entry:
-    """The entry with its measured peak; out where that is more than ``limit``."""
+    """The entry with its measured peak; out where that and the parameters are more than ``limit``."""
     own = replace(request, batch=entry.batch)
     try:
         peak = peak_memory(Plan(request.operator, entry.backend, entry.algorithm), own)
@@ -173,8 +185,9 @@ def weighed(entry: Entry, request: Request, limit: int | None) -> Entry:
         return entry if limit is None else replace(entry, out=f"its memory can't be measured: {error}")
     except RuntimeError as error:
         return replace(entry, out=str(error))
-    over = limit is not None and peak > limit
-    return replace(entry, peak=peak, out=f"takes {peak:,} bytes of {limit:,}" if over else "")
+    total = peak + request.operator.num_parameters * ITEM_BYTES[request.dtype]
+    over = limit is not None and total > limit
+    return replace(entry, peak=peak, out=f"takes {total:,} bytes of {limit:,}" if over else "")
 
 
 def _batches(request: Request, objective: str) -> list[int]:
@@ -224,7 +237,7 @@ def select(
         objective: ``latency``, the time of a batch; ``throughput``, the time of an item at any batch size up to the
             request's; ``memory``, the measured peak.
         backends: names, or ``package.module:attribute``.
-        limit: bytes that a candidate may take at most.
+        limit: bytes that a candidate may take at most, its parameters included.
     """
     every = candidates(request, backends, limit)
     runs = [entry for entry in every if not entry.out]

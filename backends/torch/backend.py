@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from translution.algorithms import Request, why_not
+from translution.algorithms import Cost, Request, why_not
 from translution.arrays import Kind
 from translution.backends.torch import native, pairwise, stream
 from translution.backends.torch.derivatives import no_autocast
@@ -42,6 +42,12 @@ class TorchBackend:
         if request.device not in DEVICES:
             reasons.append(f"torch computes on {' and '.join(DEVICES)} here, not on {request.device}")
         return reasons
+
+    def dry_run(self, request: Request, algorithm: str) -> Cost:
+        """What one call costs, counted without computing it."""
+        from translution.backends.torch.dry_run import dry_run
+
+        return dry_run(self, request, algorithm)
 
     def forward(
         self, request: Request, algorithm: str, params: Mapping[str, Tensor], inputs: Inputs

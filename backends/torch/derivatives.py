@@ -1,6 +1,7 @@
 """What operations with a hand-written backward share: a gradient that has its own graph, and refusals."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -14,8 +15,10 @@ from translution.errors import NotSupported
 Results = tuple[Tensor | None, ...]
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """A region in which dtypes stay as they are."""
+    if like.is_meta:  # for which torch has no autocast
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 

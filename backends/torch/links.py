@@ -7,13 +7,14 @@ that a column offset leaves, for every row offset. Steps that share bands follow
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from translution.geometry import Geometry, IntArray, Step, geometry
 from translution.spec import Layout
 
 Result = TypeVar("Result")
+BoolArray = npt.NDArray[np.bool_]
 _own = threading.local()
 
 
@@ -138,26 +140,36 @@ class Links:
         """Links of the largest visit."""
         return max(self.sizes, default=0)
 
-    def _joined(self, parts: list[IntArray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)).to(self.device)
+    def _placed(self, array: IntArray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @cached_property
+    def queries(self) -> IntArray:
+        """Query of every link [L], as an array."""
+        return _joined([s.query_index for s in self.steps])
+
+    @cached_property
+    def keys(self) -> IntArray:
+        """Key of every link [L], as an array; num_keys for the zero token."""
+        return _joined([s.key_index for s in self.steps])
 
     @cached_property
     @_kept
     def query_index(self) -> Tensor:
-        """Query of every link [L]."""
-        return self._joined([s.query_index for s in self.steps])
+        """``queries`` on the device."""
+        return self._placed(self.queries)
 
     @cached_property
     @_kept
     def key_index(self) -> Tensor:
-        """Key of every link [L]; num_keys for the zero token."""
-        return self._joined([s.key_index for s in self.steps])
+        """``keys`` on the device."""
+        return self._placed(self.keys)
 
     @cached_property
     @_kept
     def value_class(self) -> Tensor:
         """Class c(i, j) of every link [L]."""
-        return self._joined([np.full(len(s.query_index), s.value_class) for s in self.steps])
+        return self._placed(_joined([np.full(len(s.query_index), s.value_class) for s in self.steps]))
 
     def index(self, side: str) -> Tensor:
         """``query_index`` or ``key_index``."""
@@ -176,13 +188,12 @@ class Links:
     @_kept
     def degree(self) -> Tensor:
         """Number of links of every query [Nq]."""
-        return torch.bincount(self.query_index)
+        return self._placed(np.bincount(self.queries))
 
     @cached_property
-    @_kept
     def all_seen(self) -> bool:
         """Whether every query and every key has a link."""
-        queries, keys = np.unique(self.query_index.cpu()), np.unique(self.key_index.cpu())
+        queries, keys = np.unique(self.queries), np.unique(self.keys)
         return len(queries) == self.geometry.num_queries and int((keys < self.geometry.num_keys).sum()) == (
             self.geometry.num_keys
         )
@@ -191,27 +202,26 @@ class Links:
     @_kept
     def support(self) -> Tensor | None:
         """Which pairs are linked [Nq, Nk]; None for all of them. Only where no link leads to the zero token."""
-        queries, keys = self.geometry.num_queries, self.geometry.num_keys
-        linked = torch.zeros((queries, keys), dtype=torch.bool, device=self.device)
-        linked[self.query_index, self.key_index] = True
-        return None if bool(linked.all()) else linked
+        return None if self._linked.all() else torch.from_numpy(self._linked).to(self.device)
 
     @cached_property
-    @_kept
+    def _linked(self) -> BoolArray:
+        linked = np.zeros((self.geometry.num_queries, self.geometry.num_keys), bool)
+        linked[self.queries, self.keys] = True
+        return linked
+
+    @cached_property
     def is_lower_triangle(self) -> bool:
-        """Whether every query is linked with the keys up to its own number."""
-        linked = self.support
-        return (
-            linked is not None
-            and linked.shape[0] == linked.shape[1]
-            and bool(linked.equal(torch.ones_like(linked).tril()))
-        )
+        """Whether every query is linked with the keys up to its own number, and some key is not linked."""
+        linked = self._linked
+        rows, columns = linked.shape
+        return rows == columns and not linked.all() and np.array_equal(linked, np.tri(rows, dtype=bool))
 
     @cached_property
     @_kept
     def buckets(self) -> tuple[Bucket, ...]:
         """Queries by the power of two above their number of links: padding at most doubles the links."""
-        query = self.query_index.cpu().numpy()
+        query = self.queries
         order = np.argsort(query, kind="stable")
         degree = np.bincount(query)
         first = np.cumsum(degree) - degree
@@ -223,7 +233,7 @@ class Links:
             filled = slot < degree[rows][:, None]
             at = np.where(filled, first[rows][:, None] + slot, 0)
             slots = np.where(filled, order[at], len(query))
-            found.append(Bucket(torch.from_numpy(slots.ravel()).to(self.device), len(slot)))
+            found.append(Bucket(self._placed(slots.ravel()), len(slot)))
         return tuple(found)
 
     @cached_property
@@ -233,6 +243,10 @@ class Links:
         slots = torch.cat([b.slots for b in self.buckets]) if self.buckets else self.query_index
         found = torch.empty(self.count + 1, dtype=torch.int64, device=self.device)
         return found.scatter_(0, slots, torch.arange(len(slots), device=self.device))[: self.count]
+
+
+def _joined(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)
 
 
 def _box(index: IntArray) -> tuple[list[int], list[int]] | None:

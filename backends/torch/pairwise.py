@@ -19,10 +19,11 @@ def _products(
     if mask is not None:
         rows = torch.where(mask.rows.unsqueeze(-1), rows, 0.0)
     own = matrices.unbind(0)
+    # Not slices: the gradient of each would be as large as all rows.
+    steps = torch.split(rows, [visit.stop - visit.start for visit in links.visits])
     parts = []
-    for visit in links.visits:
+    for visit, step in zip(links.visits, steps, strict=True):
         matrix = own[visit.key_class if encoded.name == "key" else visit.value_class].to(z.dtype)
-        step = rows[visit.start : visit.stop]
         if matrix.dim() == 2:
             parts.append(step @ matrix)
         else:

@@ -91,7 +91,11 @@ class Package:
 
 def _own_imports(tree: ast.Module, package: str) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(tree):
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        # What a function imports when it is called is not reached by an import.
+        waiting += () if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
