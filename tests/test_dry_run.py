@@ -112,7 +112,7 @@ def test_half_a_terabyte_is_counted_without_being_allocated():
     ("spec", "batch", "algorithm", "gradient"),
     [
         ("translution2d:height=7,width=7,dim=96,num_heads=3,registers=1", 8, "stream", True),
-        ("translution2d:height=7,width=7,dim=96,num_heads=3,registers=1", 16, "pairwise", True),
+        ("translution2d:height=7,width=7,dim=192,num_heads=3,registers=1", 16, "pairwise", True),
         ("self_attention2d:height=14,width=14,dim=192,num_heads=3", 32, "sdpa", False),
     ],
 )

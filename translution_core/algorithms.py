@@ -10,6 +10,7 @@ fused       one kernel per block of queries and head, running softmax
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from translution.errors import InputError, UnknownName
 from translution.geometry import count_links, geometry
@@ -140,6 +141,7 @@ def _linear_flops(role: Role, shapes: dict[str, tuple[int, ...]], links: int, to
     return total
 
 
+@lru_cache(maxsize=256)
 def cost(request: Request, algorithm: str) -> Cost:
     """An estimate from the normal form alone, made at once. Halves are counted as computed: in float32 (clause D2)."""
     if algorithm not in ALGORITHMS:

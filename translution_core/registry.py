@@ -94,9 +94,9 @@ def get_backend(name: str | Backend) -> Backend:
 
     A backend that is given as itself is returned.
     """
-    if isinstance(name, Backend):
-        return name
     if not isinstance(name, str):
+        if isinstance(name, Backend):
+            return name
         raise UnknownName("backend", name, BACKENDS, "A backend is given by name, or as an object that has all of one.")
     module, _, attribute = f"{BACKENDS[name]}:backend".partition(":") if name in BACKENDS else name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):

@@ -55,14 +55,14 @@ class TorchBackend:
         """out [B, Nq, F], and weights [B, H, Nq, Nk] where the request asks for them."""
         with no_autocast(inputs.x):
             if algorithm == "sdpa" and _is_plain(request, inputs):
-                return _projected(request, params, inputs, _plain_attention(request, params, inputs)), None
+                return _plain_attention(request, params, inputs), None
+            if algorithm == "conv":
+                return _convolution(request, params, inputs), None
             found = links(request.operator.layout, inputs.x.device)
             mask = None if inputs.mask is None else link_mask(inputs.mask, found, accumulator(inputs.x.dtype))
             call = _Call(request.normal_form, params, *_tokens(inputs, found, mask), found, mask)
             weights = None
-            if algorithm == "conv":
-                heads = native.convolution(call.form, params, call.y)
-            elif algorithm == "sdpa":
+            if algorithm == "sdpa":
                 heads = call.attention(inputs.mask)
             else:
                 heads, weights = call.general(stream if algorithm == "stream" else pairwise, request.return_weights)
@@ -137,20 +137,38 @@ def _projected(request: Request, params: Mapping[str, Tensor], inputs: Inputs, h
 
 
 def _is_plain(request: Request, inputs: Inputs) -> bool:
-    """Whether every query sees every key alike: the links then say nothing, and are not built."""
-    found = geometry(request.operator.layout)
-    return inputs.mask is None and request.normal_form.branches[0].bias is None and found.links_every_pair
+    """Whether every query sees every key alike: the links then say nothing, and are not built.
+
+    Rotations want tokens that are position-major.
+    """
+    form, found = request.normal_form, geometry(request.operator.layout)
+    alike = inputs.mask is None and form.branches[0].bias is None and found.links_every_pair
+    return alike and not any(role.rotations for role in form.roles)
 
 
 def _plain_attention(request: Request, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """out [B, Nq, F], batch-major all the way."""
     form, found = request.normal_form, geometry(request.operator.layout)
     assert form.query is not None
     assert form.key is not None
-    x, y = _position_major(inputs)
+    dtype = accumulator(inputs.x.dtype)
+    x, y = inputs.x.to(dtype), inputs.y.to(dtype)
     query = encode_role(form.query, params, x, found, "query")
     key = encode_role(form.key, params, y, found, "key")
     (value,) = encode_values(form.value, params, y, found)
-    return native.plain_attention(form, query, key, value.encoded)
+    heads = native.plain_attention(form, query, key, value.encoded)
+    return project_output(form, params, heads).to(inputs.x.dtype)
+
+
+def _convolution(request: Request, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """out [B, Nq, F], batch-major all the way; keys that no window touches are zeroed at the source (clause M4)."""
+    found, dtype = links(request.operator.layout, inputs.y.device), accumulator(inputs.x.dtype)
+    y = inputs.y.to(dtype)
+    if not found.all_seen:
+        seen = torch.zeros(y.shape[1] + 1, dtype=torch.bool, device=y.device)
+        seen[found.key_index] = True
+        y = torch.where(seen[: y.shape[1], None], y, 0.0)
+    return native.convolution(request.normal_form, params, y).to(inputs.x.dtype)
 
 
 def _position_major(inputs: Inputs) -> tuple[Tensor, Tensor]:

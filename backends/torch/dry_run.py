@@ -52,7 +52,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += formula(*args, **own, out_val=out)
         results = _tensors(out if isinstance(out, tuple | list) else (out,))
         inside = _INSIDE.get(func._overloadpacket)
-        if results and not func.is_view:
+        if results and not func.is_view and func is not torch.ops.aten._unsafe_view.default:
             self.traffic += sum(t.nbytes for t in (*_tensors(args), *_tensors(own.values()), *results))
         for tensor in results:
             self._hold(tensor.untyped_storage())

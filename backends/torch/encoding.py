@@ -103,18 +103,35 @@ def _placed(features: Tensor, role: Role, term: Linear | Constant) -> Tensor:
     return by_head if term.width == role.head_dim else functional.pad(by_head, (term.start, after))
 
 
+def added_vector(role: Role | None, params: Parameters, dtype: torch.dtype) -> Tensor | None:
+    """What the role adds whatever the token and the class are, [heads * head_dim]; None where that is nothing."""
+    if role is None:
+        return None
+    total = None
+    for constant in role.constants:
+        if not constant.per_class:
+            vector = _placed(params[constant.name].to(dtype), role, constant).flatten()
+            total = vector if total is None else total + vector
+    return total
+
+
 def _static(role: Role, params: Parameters, tokens: Tensor) -> Tensor | None:
-    """What does not depend on the class, [N, B, heads, head_dim]."""
+    """What does not depend on the class, [N, B, heads, head_dim]; tokens may be [B, N, C] as well."""
     dtype, total = tokens.dtype, None
+    fixed = [linear for linear in role.linears if linear.table is None]
+    vector = added_vector(role, params, dtype)
+    if len(fixed) == 1 and fixed[0].before is not None and fixed[0].width == role.head_dim and vector is not None:
+        weight = params[fixed[0].before].to(dtype)
+        if weight.dim() == 2:  # one pass over the result instead of two
+            return torch.unflatten(functional.linear(tokens, weight.mT, vector), -1, (role.num_heads, role.head_dim))
     for linear in role.linears:
         if linear.table is None:
             part = tokens if linear.before is None else _project(tokens, params[linear.before].to(dtype))
             placed = _placed(part, role, linear)
             total = placed if total is None else total + placed
-    for constant in role.constants:
-        if not constant.per_class:
-            placed = _placed(params[constant.name].to(dtype).expand(*tokens.shape[:2], -1), role, constant)
-            total = placed if total is None else total + placed
+    if vector is not None:
+        by_head = vector.view(role.num_heads, role.head_dim)
+        total = by_head.expand(*tokens.shape[:2], -1, -1) if total is None else total + by_head
     return total
 
 
@@ -211,8 +228,9 @@ def join_values(parts: Sequence[ValuePart], aggregated: Sequence[Tensor], heads:
 
 
 def project_output(form: NormalForm, params: Parameters, heads: Tensor) -> Tensor:
-    """The output encoder on the heads' results [Nq, B, heads, head_dim], scaled (clauses O1 to O4)."""
-    heads = form.operator.output_scale * heads
+    """The output encoder on the heads' results [Nq, B, heads, head_dim], or [B, Nq, ..], scaled (clauses O1 to O4)."""
+    if form.operator.output_scale != 1:
+        heads = form.operator.output_scale * heads
     if form.uplift is None:
         joined = heads.flatten(-2)
     else:
