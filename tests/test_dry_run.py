@@ -13,7 +13,7 @@ from translution.conformance.strategies import random_operator
 from translution.execution import Plan, predict, reasons_against
 from translution.inputs import Inputs
 from translution.peak_memory import peak_memory
-from translution.spec import parse_spec
+from translution.spec import parse_spec, presets
 
 TRANSLUTION = "translution2d:height=4,width=4,dim=24,num_heads=3,registers=1"
 ALPHA = "alpha_translution2d:height=4,width=4,dim=24,num_heads=3,rank=2"
@@ -79,6 +79,23 @@ def test_operations_are_those_of_the_products():
     training = predict(backend, Request(parse_spec(TRANSLUTION), 3, gradient=True), "stream").flops
     # Backward: q, k and v again, and two products for each; the output projection only twice more.
     assert training == 4 * forward - 2 * 3 * layout.num_queries * 24 * 24
+
+
+def test_a_convolution_reads_and_writes_its_tokens_once():
+    operator = presets.convolution((28, 28), 16, 16, 3, padding=1)
+    tokens = 4 * 8 * 28 * 28 * 16
+    found = predict(backend, Request(operator, 8), "conv")
+    assert found.traffic_bytes <= 2 * tokens + 8 * found.parameter_bytes
+    # The result, and for a moment the kernel.
+    assert found.working_bytes <= tokens + 4 * found.parameter_bytes
+
+
+def test_attention_reads_and_writes_what_its_products_need():
+    operator = presets.self_attention((49,), 48, 3, qkv_bias=True)
+    tokens = 4 * 16 * 49 * 48
+    found = predict(backend, Request(operator, 16), "sdpa")
+    # x three times, q, k, v and the heads twice, the result once.
+    assert found.traffic_bytes <= 12 * tokens + 2 * found.parameter_bytes + 4 * 16 * 3 * 49
 
 
 def test_every_further_item_costs_the_same():

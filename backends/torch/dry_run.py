@@ -23,10 +23,9 @@ from translution.inputs import Inputs
 if TYPE_CHECKING:
     from translution.registry import Backend
 
-# What the operation takes inside, while it runs: oneDNN lays operands and results of both its backward products out in
-# its own way, each as large as the cotangent or the input (measured, benchmarks/memory.py).
+# What an operation takes inside, while it runs: one tensor as large as the cotangent (measured, benchmarks/memory.py).
 _INSIDE: Mapping[Any, Callable[..., int]] = {
-    torch.ops.aten.convolution_backward: lambda cotangent, x, *_: 2 * (cotangent.nbytes + x.nbytes)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda cotangent, *_: cotangent.nbytes
 }
 # Which kernel runs depends on the device, which a meta tensor hides and a fake one has; that is slow where there are
 # thousands of operations.
