@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _INSIDE: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda cotangent, *_: cotangent.nbytes
 }
+# Operations that read and write nothing.
+_IDLE = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+)
 # Which kernel runs depends on the device, which a meta tensor hides and a fake one has; that is slow where there are
 # thousands of operations.
 NATIVE = ("conv", "sdpa")
@@ -51,8 +56,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += formula(*args, **own, out_val=out)
         results = _tensors(out if isinstance(out, tuple | list) else (out,))
         inside = _INSIDE.get(func._overloadpacket)
-        if results and not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.traffic += sum(t.nbytes for t in (*_tensors(args), *_tensors(own.values()), *results))
+        if results and not func.is_view and func._overloadpacket not in _IDLE:
+            given = _tensors((*args, *(value for name, value in own.items() if name != "out")))
+            self.traffic += sum(t.nbytes for t in (*given, *results))
         for tensor in results:
             self._hold(tensor.untyped_storage())
         if inside is not None:
