@@ -64,6 +64,7 @@ class Turn:
 class Encoded:
     """One role of one call: ``base`` [N, B, heads, head_dim] or None, tables, and turns that must wait for the tables.
 
+    ``base`` is zero outside the head features ``base_start`` to ``base_stop``.
     The role ``key`` takes its tables' rows by c(j, i), the others by c(i, j).
     """
 
@@ -74,6 +75,8 @@ class Encoded:
     base: Tensor | None
     tables: tuple[Table, ...]
     turns: tuple[Turn, ...]
+    base_start: int
+    base_stop: int
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -175,7 +178,11 @@ def _encoded(
             before, own, after = base.tensor_split((turn.start, turn.start + turn.width), -1)
             own = turn.apply(own, turn.cos[:, None, None], turn.sin[:, None, None])
             base = torch.cat((before, own, after), -1)
-    return Encoded(role.name, side, role.num_heads, role.head_dim, base, tuple(tables), tuple(waiting))
+    fixed = [term for term in role.linears if term.table is None]
+    marks = [*fixed, *(term for term in role.constants if not term.per_class)]
+    start = min((term.start for term in marks), default=0)
+    stop = max((term.start + term.width for term in marks), default=0)
+    return Encoded(role.name, side, role.num_heads, role.head_dim, base, tuple(tables), tuple(waiting), start, stop)
 
 
 def encode_role(role: Role, params: Parameters, tokens: Tensor, geometry: Geometry, side: Side) -> Encoded:
@@ -209,7 +216,7 @@ def encode_values(role: Role, params: Parameters, tokens: Tensor, geometry: Geom
     for term in role.linears:
         if term.table is not None and term.after is not None:
             table = replace(_table(term, params, tokens, False), start=0, width=params[term.after].shape[0])
-            inner = Encoded(role.name, "key", 1, table.width, None, (table,), ())
+            inner = Encoded(role.name, "key", 1, table.width, None, (table,), (), 0, 0)
             parts.append(ValuePart(inner, params[term.after].to(tokens.dtype), term.start, term.width))
     return parts
 

@@ -171,6 +171,23 @@ class Links:
         """Class c(i, j) of every link [L]."""
         return self._placed(_joined([np.full(len(s.query_index), s.value_class) for s in self.steps]))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every query is linked with every key, once."""
+        return self.geometry.links_every_pair
+
+    @cached_property
+    @_kept
+    def pair_of_link(self) -> Tensor:
+        """Query times number of keys plus key of every link [L]."""
+        return self._placed(self.queries * self.geometry.num_keys + self.keys)
+
+    @cached_property
+    @_kept
+    def link_of_pair(self) -> Tensor:
+        """The link of every pair, of a complete layout: the inverse of ``pair_of_link``."""
+        return self._placed(np.argsort(self.queries * self.geometry.num_keys + self.keys))
+
     def index(self, side: str) -> Tensor:
         """``query_index`` or ``key_index``."""
         return self.query_index if side == "query" else self.key_index

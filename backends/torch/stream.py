@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.backends.torch import pairwise
+from translution.backends.torch import pairwise, plain
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
@@ -150,9 +150,25 @@ class _Aggregation(Operation):
 
 def inner_products(query: Encoded, key: Encoded, links: Links, mask: LinkMask | None) -> Tensor:
     """<q_ij, k_ij>_h for every link, [L, B, H]."""
-    return _InnerProducts.call(_call(links, mask, query, key), *query.tensors, *key.tensors)
+    span = plain.relative_span(links, mask, query, key)
+    total = None
+    if span != (0, query.head_dim):
+        total = plain.inner_products(query, key, span, links)
+        query, key = plain.within(query, span), plain.within(key, span)
+    if total is not None and span[0] == span[1]:
+        return total
+    found = _InnerProducts.call(_call(links, mask, query, key), *query.tensors, *key.tensors)
+    return found if total is None else total + found
 
 
 def aggregate(weights: Tensor | None, value: Encoded, links: Links, mask: LinkMask | None) -> Tensor:
     """sum_j a_ij^h v_ij^h, [Nq, B, H, D], for weights [L, B, H] or None for ones. One value head may serve all H."""
-    return _Aggregation.call(_call(links, mask, value), weights, *value.tensors)
+    span = plain.relative_span(links, mask, value)
+    if weights is None or value.base is None or span == (0, value.head_dim):
+        return _Aggregation.call(_call(links, mask, value), weights, *value.tensors)
+    total = plain.aggregate(weights, value, span, links)
+    if span[0] == span[1]:
+        return total
+    inner = plain.within(value, span)
+    found = _Aggregation.call(_call(links, mask, inner), weights, *inner.tensors)
+    return total + torch.nn.functional.pad(found, (span[0], value.head_dim - span[1]))
