@@ -41,6 +41,8 @@ class TorchBackend:
         reasons = why_not(request, algorithm) + native.why_not(request, algorithm)
         if request.device not in DEVICES:
             reasons.append(f"torch computes on {' and '.join(DEVICES)} here, not on {request.device}")
+        if request.device == "cuda" and not torch.cuda.is_available():
+            reasons.append("torch finds no GPU here: run on a machine with a CUDA or ROCm build of torch and its GPU")
         return reasons
 
     def dry_run(self, request: Request, algorithm: str) -> Cost:
@@ -161,13 +163,8 @@ def _plain_attention(request: Request, params: Mapping[str, Tensor], inputs: Inp
 
 
 def _convolution(request: Request, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """out [B, Nq, F], batch-major all the way; keys that no window touches are zeroed at the source (clause M4)."""
-    found, dtype = links(request.operator.layout, inputs.y.device), accumulator(inputs.x.dtype)
-    y = inputs.y.to(dtype)
-    if not found.all_seen:
-        seen = torch.zeros(y.shape[1] + 1, dtype=torch.bool, device=y.device)
-        seen[found.key_index] = True
-        y = torch.where(seen[: y.shape[1], None], y, 0.0)
+    """out [B, Nq, F], batch-major all the way. The kernel reads no key that no window touches (clause M4)."""
+    y = inputs.y.to(accumulator(inputs.x.dtype))
     return native.convolution(request.normal_form, params, y).to(inputs.x.dtype)
 
 
