@@ -408,6 +408,7 @@ def test_B1_claims_name_their_reasons() -> None:
         with torch.backends.cudnn.flags(allow_tf32=tf32):
             reasons = backend.not_supported(Request(CONVOLUTIONS[0], device="cuda"), "conv")
             assert any("tf32" in reason for reason in reasons) == tf32
+            assert any("no GPU" in reason for reason in reasons) != torch.cuda.is_available()
     assert not any("tf32" in r for r in backend.not_supported(Request(CONVOLUTIONS[0], device="cpu"), "conv"))
 
 
