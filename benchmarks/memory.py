@@ -51,13 +51,13 @@ backend runs on tensors that have shapes and no memory, and its own operations a
 beside the peak of a process of its own that computes. Both are beyond tokens and parameters; training is forward and
 backward, with the gradients of the parameters.
 
-*Measured* is with an allocator that gives freed blocks back at once (`MALLOC_MMAP_THRESHOLD_=131072`): what glibc keeps
+*Measured* is with an allocator that gives freed blocks back at once (`MALLOC_MMAP_THRESHOLD_=32768`): what glibc keeps
 in its heap otherwise, the last column, is not the algorithm's, and changes from run to run.
 
 {held} predictions are within 10% of what was measured, or within 0.5 MiB. float32, torch on the CPU. Made by
 `python benchmarks/memory.py`; the same figures, unrounded: [memory.json](memory.json).
 """
-SETTLED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+SETTLED = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "32768"}
 
 
 def _measured(plan: Plan, request: Request, settings: dict[str, str]) -> int:

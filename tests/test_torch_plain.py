@@ -13,7 +13,18 @@ from translution.backends.torch.links import links
 from translution.backends.torch.relevance import link_mask
 from translution.geometry import geometry
 from translution.normal_form import normal_form
-from translution.spec import presets
+from translution.spec import (
+    Concat,
+    Identity,
+    Lattice,
+    LowRank,
+    Ones,
+    Operator,
+    PerDisplacement,
+    Rotary,
+    Shared,
+    presets,
+)
 
 ALPHA = presets.alpha_translution((4, 4), 24, 3, rank=2, registers=1)
 
@@ -99,3 +110,53 @@ def test_second_derivatives_go_through_both_halves():
         return translution.run(operator, params, given, backend="torch", algorithm="stream")
 
     assert torch.autograd.gradgradcheck(call, (x,))
+
+
+def agree(operator):
+    params = parameters(operator)
+    x = torch.randn((2, operator.layout.num_queries, operator.dim), dtype=torch.float64)
+    got, want = (
+        translution.run(operator, params, x, backend="torch", algorithm=algorithm)
+        for algorithm in ("stream", "pairwise")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+LAYOUT = Lattice((2, 3), registers=1)
+
+
+@pytest.mark.parametrize("turned", [0, 1, 2, 3])
+def test_what_stands_on_either_side_of_the_span(turned):
+    """Parts that are relative first, last, in the middle or on both sides; their biases; turns that reach further."""
+    parts = [
+        (PerDisplacement(8, bias=True), Shared(16, bias=True)),
+        (Shared(16, bias=True), PerDisplacement(8, bias=True)),
+        (Shared(8), PerDisplacement(8), Shared(8, bias=True)),
+        (PerDisplacement(4), Shared(16), LowRank(4)),
+    ][turned]
+    mixed, shared = Concat(parts), Shared(24, bias=True)
+    agree(Operator(LAYOUT, 6, 2, value=mixed, query=mixed, key=mixed))
+    agree(Operator(LAYOUT, 6, 2, value=shared, query=Rotary(mixed), key=Rotary(mixed)))
+    # Relative on one side, plain on the other: each needs what the other has.
+    agree(Operator(LAYOUT, 6, 2, value=shared, query=mixed, key=shared))
+    agree(Operator(LAYOUT, 6, 2, value=mixed, query=shared, key=Rotary(mixed)))
+
+
+def test_a_turn_inside_the_span_stays_with_its_features():
+    turned, shared = Concat((Shared(16), Rotary(PerDisplacement(8)))), Shared(24)
+    agree(Operator(LAYOUT, 6, 2, value=shared, query=turned, key=turned))
+    agree(Operator(LAYOUT, 6, 2, value=shared, query=turned, key=Concat((Shared(16), Rotary(Shared(8))))))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.5, 0.0])
+def test_a_scaled_convolution_is_scaled_before_its_bias(scale):
+    layout = Lattice((4, 5), kernel_size=3, boundary="zeros")
+    operator = Operator(
+        layout, 3, 1, PerDisplacement(2), relevance=Ones(), output=Identity(bias=True), output_scale=scale
+    )
+    params = parameters(operator)
+    y = torch.randn((2, 20, 3), dtype=torch.float64)
+    got, want = (
+        translution.run(operator, params, y, backend="torch", algorithm=algorithm) for algorithm in ("conv", "stream")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -178,10 +178,9 @@ def _encoded(
             before, own, after = base.tensor_split((turn.start, turn.start + turn.width), -1)
             own = turn.apply(own, turn.cos[:, None, None], turn.sin[:, None, None])
             base = torch.cat((before, own, after), -1)
-    fixed = [term for term in role.linears if term.table is None]
-    marks = [*fixed, *(term for term in role.constants if not term.per_class)]
-    start = min((term.start for term in marks), default=0)
-    stop = max((term.start + term.width for term in marks), default=0)
+    fixed = [(term.start, term.start + term.width) for term in role.linears if term.table is None]
+    fixed += [(term.start, term.start + term.width) for term in role.constants if not term.per_class]
+    start, stop = min((first for first, _ in fixed), default=0), max((last for _, last in fixed), default=0)
     return Encoded(role.name, side, role.num_heads, role.head_dim, base, tuple(tables), tuple(waiting), start, stop)
 
 

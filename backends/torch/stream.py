@@ -151,24 +151,22 @@ class _Aggregation(Operation):
 def inner_products(query: Encoded, key: Encoded, links: Links, mask: LinkMask | None) -> Tensor:
     """<q_ij, k_ij>_h for every link, [L, B, H]."""
     span = plain.relative_span(links, mask, query, key)
-    total = None
-    if span != (0, query.head_dim):
-        total = plain.inner_products(query, key, span, links)
-        query, key = plain.within(query, span), plain.within(key, span)
-    if total is not None and span[0] == span[1]:
-        return total
-    found = _InnerProducts.call(_call(links, mask, query, key), *query.tensors, *key.tensors)
-    return found if total is None else total + found
+    if span == (0, query.head_dim):
+        return _InnerProducts.call(_call(links, mask, query, key), *query.tensors, *key.tensors)
+    outside = plain.inner_products(query, key, span, links)
+    if span[0] == span[1]:
+        return outside
+    query, key = plain.within(query, span), plain.within(key, span)
+    return outside + _InnerProducts.call(_call(links, mask, query, key), *query.tensors, *key.tensors)
 
 
 def aggregate(weights: Tensor | None, value: Encoded, links: Links, mask: LinkMask | None) -> Tensor:
     """sum_j a_ij^h v_ij^h, [Nq, B, H, D], for weights [L, B, H] or None for ones. One value head may serve all H."""
     span = plain.relative_span(links, mask, value)
-    if weights is None or value.base is None or span == (0, value.head_dim):
+    if weights is None or span == (0, value.head_dim):
         return _Aggregation.call(_call(links, mask, value), weights, *value.tensors)
-    total = plain.aggregate(weights, value, span, links)
+    outside = plain.aggregate(weights, value, span, links)
     if span[0] == span[1]:
-        return total
-    inner = plain.within(value, span)
-    found = _Aggregation.call(_call(links, mask, inner), weights, *inner.tensors)
-    return total + torch.nn.functional.pad(found, (span[0], value.head_dim - span[1]))
+        return outside
+    value = plain.within(value, span)
+    return plain.joined(outside, _Aggregation.call(_call(links, mask, value), weights, *value.tensors), span[0])
