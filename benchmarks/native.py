@@ -31,7 +31,7 @@ call as a multiple of that of `nn.Conv2d` or `nn.MultiheadAttention` with the sa
 included: below 1 the operator is faster. Both took turns in the same rounds; a figure is the median of the rounds'
 ratios with its 95% interval. float32, {threads} threads, {processor}, torch {torch}.
 
-Convolutions are often faster, since tokens have their channels last, which oneDNN prefers to a plain [B, C, H, W].
+Where convolutions are faster it is since tokens have their channels last, which oneDNN prefers to a plain [B, C, H, W].
 
 {held} medians of those above 1 ms are at most 1.10. Made by `python benchmarks/native.py`; the same figures,
 unrounded: [native.json](native.json).
@@ -114,6 +114,8 @@ def pairs() -> Iterator[Pair]:
     yield convolution(4, 112, (32, 64), 3, stride=2)
     yield convolution(8, 28, (128, 128), 1)
     yield convolution(8, 56, (128, 128), 7, groups=128)
+    yield convolution(8, 28, (128, 128), 3, groups=4)
+    yield convolution(8, 14, (256, 256), 5)
     yield attention(32, 49, 192, 3)
     yield attention(32, 196, 192, 3)
     yield attention(8, 196, 384, 6)
