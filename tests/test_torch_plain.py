@@ -18,6 +18,7 @@ from translution.spec import (
     Identity,
     Lattice,
     LowRank,
+    Mean,
     Ones,
     Operator,
     PerDisplacement,
@@ -140,6 +141,13 @@ def test_what_stands_on_either_side_of_the_span(turned):
     # Relative on one side, plain on the other: each needs what the other has.
     agree(Operator(LAYOUT, 6, 2, value=shared, query=mixed, key=shared))
     agree(Operator(LAYOUT, 6, 2, value=mixed, query=shared, key=Rotary(mixed)))
+
+
+def test_values_of_which_a_part_is_summed_elsewhere():
+    """A low-rank part with a matrix after it is summed up by itself, and leaves its features without anything."""
+    value = Concat((LowRank(8), LowRank(4, 16)))
+    agree(Operator(LAYOUT, 6, 2, value=value, query=Shared(8), key=Shared(8)))
+    agree(Operator(LAYOUT, 6, 2, value=value, relevance=Mean()))
 
 
 def test_a_turn_inside_the_span_stays_with_its_features():

@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 def relative_span(links: Links, mask: LinkMask | None, *roles: Encoded) -> Span:
     """Features of a head, from the first to the last that any of the roles needs link by link."""
-    if mask is not None or not links.is_complete:
+    if mask is not None or not links.is_complete or any(role.base is None for role in roles):
         return 0, roles[0].head_dim
     marks = [(table.start, table.start + table.width) for role in roles for table in role.tables]
     marks += [(turn.start, turn.start + turn.width) for role in roles for turn in role.turns]
@@ -39,7 +39,7 @@ def within(role: Encoded, span: Span) -> Encoded:
 
 
 def _outside(role: Encoded, span: Span) -> Tensor:
-    """The role in the other features, [B, heads, N, features]: tables alone would span the whole head."""
+    """The role in the other features, [B, heads, N, features]."""
     start, stop = span
     assert role.base is not None
     return torch.cat((role.base[..., :start], role.base[..., stop:]), -1).permute(1, 2, 0, 3)
