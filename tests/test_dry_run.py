@@ -134,7 +134,7 @@ def test_half_a_terabyte_is_counted_without_being_allocated():
     ],
 )
 def test_a_process_takes_as_much(spec, batch, algorithm, gradient, monkeypatch):
-    """Where the allocator gives freed blocks back at once; docs/performance.md has the whole grid."""
+    """Where the allocator gives freed blocks back at once; docs/memory.md has the whole grid."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     request = Request(parse_spec(spec), batch, gradient=gradient)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from translution.algorithms import Cost, Request, cost
 from translution.errors import NotSupported
-from translution.execution import predict, reasons_against
+from translution.execution import as_asked, predict, reasons_against
 from translution.progress import Update, silently
 from translution.registry import BACKENDS, get_backend
 from translution.spec import (
@@ -62,11 +62,10 @@ def fit(
             backend = get_backend(name)
         except NotSupported:
             continue
-        own = replace(request, gradient=request.gradient and backend.kind == "torch")
         ways += [
             (cost(request, algorithm).working_bytes, name, algorithm)
             for algorithm in backend.algorithms
-            if algorithm != "definition" and not reasons_against(backend, own, algorithm)
+            if algorithm != "definition" and not reasons_against(backend, as_asked(backend, request), algorithm)
         ]
     for estimate, name, algorithm in sorted(ways):
         if estimate > HOPELESS * limit:

@@ -109,14 +109,13 @@ def explain(
     limit = None if max_memory is None else memory_size(max_memory)
     found = candidates(request, limit)
     show_explanation(request, found)
-    over = limit is not None and all(c.reasons for c in found)
-    fits = []
-    if limit is not None and over:
+    fits = None
+    if limit is not None and all(c.reasons for c in found):
         with Progress() as progress:
             fits = cheaper(request, limit, update=progress.update)
         show_fits(fits, limit)
-    write_json(json_file, explanation_json(request, found, fits if over else None))
-    raise typer.Exit(1 if over else 0)
+    write_json(json_file, explanation_json(request, found, fits))
+    raise typer.Exit(0 if fits is None else 1)
 
 
 @app.command()

@@ -36,6 +36,13 @@ def reasons_against(backend: Backend, request: Request, algorithm: str) -> list[
     return [*reasons, *backend.not_supported(request, algorithm)]
 
 
+def as_asked(backend: Backend, request: Request) -> Request:
+    """The request as this backend is asked whether it can: gradients of NumPy arrays are those of ``vjp``, and nothing
+    is recorded.
+    """
+    return replace(request, gradient=request.gradient and backend.kind == "torch")
+
+
 def predict(backend: Backend, request: Request, algorithm: str) -> Cost:
     """What the call costs, from the operator alone: counted by the backend's own ``dry_run`` where it has one and there
     are not more than ``MOST_LINKS`` to walk over, else estimated.
@@ -324,10 +331,8 @@ def explain(request: Request, limit: int | None = None) -> list[Candidate]:
         except NotSupported as error:
             found.append(Candidate(name, None, None, error.reasons))
             continue
-        # Gradients of NumPy arrays are those of ``vjp``: nothing is recorded.
-        own = replace(request, gradient=request.gradient and backend.kind == "torch")
         for algorithm in backend.algorithms:
-            reasons = reasons_against(backend, own, algorithm)
+            reasons = reasons_against(backend, as_asked(backend, request), algorithm)
             expected = cost(request, algorithm) if reasons else predict(backend, request, algorithm)
             if too_much := _too_much(expected, request, algorithm, physical_memory()):
                 reasons.append(too_much)

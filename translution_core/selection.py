@@ -10,7 +10,7 @@ from typing import Any
 
 from translution.algorithms import ALGORITHMS, ITEM_BYTES, Cost, Request, cost
 from translution.errors import NotSupported
-from translution.execution import Plan, predict, reasons_against
+from translution.execution import Plan, as_asked, predict, reasons_against
 from translution.peak_memory import CannotMeasure, peak_memory
 from translution.plan_file import request_data
 from translution.progress import Update, silently
@@ -124,8 +124,7 @@ def candidates(request: Request, backends: Sequence[str] = tuple(BACKENDS), limi
             found.append(Entry(name, "-", request.batch, 0, out="; ".join(error.reasons)))
             continue
         for algorithm in backend.algorithms:
-            own = replace(request, gradient=request.gradient and backend.kind == "torch")
-            reasons = reasons_against(backend, own, algorithm)
+            reasons = reasons_against(backend, as_asked(backend, request), algorithm)
             if algorithm == "definition":
                 reasons.append("the definition is what the others are compared with, not for deployment")
             expected, failure = _predicted(backend, request, algorithm, count=not reasons)

@@ -127,11 +127,10 @@ def _static(role: Role, params: Parameters, tokens: Tensor) -> Tensor | None:
         weight = params[fixed[0].before].to(dtype)
         if weight.dim() == 2:  # one pass over the result instead of two
             return torch.unflatten(functional.linear(tokens, weight.mT, vector), -1, (role.num_heads, role.head_dim))
-    for linear in role.linears:
-        if linear.table is None:
-            part = tokens if linear.before is None else _project(tokens, params[linear.before].to(dtype))
-            placed = _placed(part, role, linear)
-            total = placed if total is None else total + placed
+    for linear in fixed:
+        part = tokens if linear.before is None else _project(tokens, params[linear.before].to(dtype))
+        placed = _placed(part, role, linear)
+        total = placed if total is None else total + placed
     if vector is not None:
         by_head = vector.view(role.num_heads, role.head_dim)
         total = by_head.expand(*tokens.shape[:2], -1, -1) if total is None else total + by_head

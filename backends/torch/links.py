@@ -172,21 +172,20 @@ class Links:
         return self._placed(_joined([np.full(len(s.query_index), s.value_class) for s in self.steps]))
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every query is linked with every key, once."""
-        return self.geometry.links_every_pair
+    def _pairs(self) -> IntArray:
+        return self.queries * self.geometry.num_keys + self.keys
 
     @cached_property
     @_kept
     def pair_of_link(self) -> Tensor:
         """Query times number of keys plus key of every link [L]."""
-        return self._placed(self.queries * self.geometry.num_keys + self.keys)
+        return self._placed(self._pairs)
 
     @cached_property
     @_kept
     def link_of_pair(self) -> Tensor:
-        """The link of every pair, of a complete layout: the inverse of ``pair_of_link``."""
-        return self._placed(np.argsort(self.queries * self.geometry.num_keys + self.keys))
+        """The link of every pair, where every pair has one: the inverse of ``pair_of_link``."""
+        return self._placed(np.argsort(self._pairs))
 
     def index(self, side: str) -> Tensor:
         """``query_index`` or ``key_index``."""

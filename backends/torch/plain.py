@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 def relative_span(links: Links, mask: LinkMask | None, *roles: Encoded) -> Span:
     """Features of a head, from the first to the last that any of the roles needs link by link."""
-    if mask is not None or not links.is_complete or any(role.base is None for role in roles):
+    if mask is not None or not links.geometry.links_every_pair or any(role.base is None for role in roles):
         return 0, roles[0].head_dim
     marks = [(table.start, table.start + table.width) for role in roles for table in role.tables]
     marks += [(turn.start, turn.start + turn.width) for role in roles for turn in role.turns]
