@@ -418,5 +418,5 @@ def test_rows_that_repeat_are_listed_and_not_added_through_a_view() -> None:
 
     classes = ((0, 0, -1, -1), (-1, 0, 0, -1))
     (visit,) = links(PairTable(classes, 1, classes), torch.device("cpu")).visits
-    assert visit.key.band.index is not None
-    assert visit.key.band.index.tolist() == [0, 1, 1, 2]
+    assert visit.key.bands[0].index is not None
+    assert visit.key.bands[0].index.tolist() == [0, 1, 1, 2]

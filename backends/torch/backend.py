@@ -9,11 +9,11 @@ from torch import Tensor
 
 from translution.algorithms import Cost, Request, why_not
 from translution.arrays import Kind
-from translution.backends.torch import native, pairwise, stream
+from translution.backends.torch import attention, native, pairwise, stream
 from translution.backends.torch.derivatives import no_autocast
 from translution.backends.torch.encoding import accumulator, encode_role, encode_values, join_values, project_output
 from translution.backends.torch.links import Links, links
-from translution.backends.torch.relevance import LinkMask, dense_weights, link_mask, link_weights
+from translution.backends.torch.relevance import LinkMask, bias_table, dense_weights, link_mask, link_weights
 from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import NormalForm
@@ -119,14 +119,20 @@ class _Call:
     def general(self, method: ModuleType, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Any operator by ``stream`` or ``pairwise``; the weights [B, H, Nq, Nk] too where asked for."""
         form, links, mask, heads = self.form, self.links, self.mask, self.form.value.num_heads
+        parts = encode_values(form.value, self.params, self.y, links.geometry)
         content = None
         if form.query is not None and form.key is not None:
             query = encode_role(form.query, self.params, self.x, links.geometry, "query")
             key = encode_role(form.key, self.params, self.y, links.geometry, "key")
+            roles = [query, key, *(part.encoded for part in parts)]
+            if method is stream and not return_weights and attention.is_one_pass(form, links, mask, roles):
+                (branch,) = form.branches
+                bias = None if branch.bias is None else bias_table(branch.bias, links, self.params, self.x.dtype)
+                attended = attention.attend(form, links, mask, bias, roles)
+                return join_values(parts, attended, heads, form.value.head_dim), None
             content = method.inner_products(query, key, links, mask)
         weights = link_weights(form, content, self.params, links, mask, self.x.dtype)
         full = None if weights is None else weights.expand(links.count, self.x.shape[1], heads)
-        parts = encode_values(form.value, self.params, self.y, links.geometry)
         aggregated = [method.aggregate(full, part.encoded, links, mask) for part in parts]
         found = join_values(parts, aggregated, heads, form.value.head_dim)
         return found, dense_weights(weights, links, self.x, heads) if return_weights else None

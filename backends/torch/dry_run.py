@@ -87,6 +87,26 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
+def compute(
+    backend: Backend,
+    request: Request,
+    algorithm: str,
+    params: Mapping[str, Tensor],
+    inputs: Inputs,
+    pull: Tensor,
+) -> None:
+    """One call; with ``request.gradient`` the gradients of <pull, out> too, where tokens on both sides are one leaf."""
+    if not request.gradient:
+        backend.forward(request, algorithm, params, inputs)
+        return
+    x = inputs.x.detach().requires_grad_()
+    y = x if inputs.y is inputs.x else inputs.y.detach().requires_grad_()
+    own = {name: value.detach().requires_grad_() for name, value in params.items()}
+    out: Any = backend.forward(request, algorithm, own, Inputs(x, y, inputs.mask, inputs.batch_shape))[0]
+    leaves = [x, *([] if y is x else [y]), *own.values()]
+    torch.autograd.grad(out, leaves, pull, allow_unused=True)
+
+
 def dry_run(backend: Backend, request: Request, algorithm: str) -> Cost:
     """Operations, traffic and peak memory of one call beyond its tokens and parameters, with ``request.gradient`` of
     forward and backward together, the gradients of the parameters included.
@@ -114,11 +134,6 @@ def dry_run(backend: Backend, request: Request, algorithm: str) -> Cost:
         inputs = Inputs(x, y, mask, (request.batch,))
         given = [x, y, pull, *params.values(), *([] if mask is None else [mask])]
         with Counter(given) as counter:
-            result: Any = (
-                backend.vjp(request, algorithm, params, inputs, pull)
-                if request.gradient
-                else backend.forward(request, algorithm, params, inputs)
-            )
-        del result
+            compute(backend, request, algorithm, params, inputs, pull)
     parameters = operator.num_parameters * ITEM_BYTES[request.dtype]
     return Cost(counter.flops, counter.peak, parameters, counter.traffic, counted=True)

@@ -20,14 +20,14 @@ def _products(
         rows = torch.where(mask.rows.unsqueeze(-1), rows, 0.0)
     own = matrices.unbind(0)
     # Not slices: the gradient of each would be as large as all rows.
-    steps = torch.split(rows, [visit.stop - visit.start for visit in links.visits])
+    by_step = torch.split(rows, [len(step.query_index) for step in links.steps])
     parts = []
-    for visit, step in zip(links.visits, steps, strict=True):
-        matrix = own[visit.key_class if encoded.name == "key" else visit.value_class].to(z.dtype)
+    for step, tokens in zip(links.steps, by_step, strict=True):
+        matrix = own[step.key_class if encoded.name == "key" else step.value_class].to(z.dtype)
         if matrix.dim() == 2:
-            parts.append(step @ matrix)
+            parts.append(tokens @ matrix)
         else:
-            blocks = torch.unflatten(step, -1, matrix.shape[:2])
+            blocks = torch.unflatten(tokens, -1, matrix.shape[:2])
             parts.append(torch.einsum("pbgc,gce->pbge", blocks, matrix).flatten(-2))
     return torch.cat(parts) if parts else rows.new_zeros((0, z.shape[1], features))
 

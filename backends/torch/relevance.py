@@ -21,6 +21,16 @@ class LinkMask:
     rows: Tensor
     added: Tensor | None
 
+    def part(self, part: slice) -> "LinkMask":
+        """What some of the batch items see."""
+        added = None if self.added is None else items(self.added, part)
+        return LinkMask(items(self.live, part), items(self.rows, part), added)
+
+
+def items(value: Tensor, part: slice) -> Tensor:
+    """``value`` [L, B|1, ..] for some of the batch items."""
+    return value if value.shape[1] == 1 else value[:, part]
+
 
 def link_mask(mask: Tensor, links: Links, dtype: torch.dtype) -> LinkMask:
     """The mask [B|1, H|1, Nq|1, Nk|1] link by link; the zero token is never masked."""
@@ -64,7 +74,7 @@ def _branch_logits(
     return torch.zeros((links.count, 1, 1), dtype=dtype, device=links.device) if logits is None else logits
 
 
-def _softmax(logits: Tensor, links: Links, mask: LinkMask | None) -> Tensor:
+def softmax(logits: Tensor, links: Links, mask: LinkMask | None) -> Tensor:
     """Softmax over the links of each query; a query without a live one gets zeros (clause M3)."""
     if mask is not None:
         logits = logits if mask.added is None else logits + mask.added
@@ -93,7 +103,7 @@ def _branch_weights(
     branch: Branch, content: Tensor | None, params: Parameters, links: Links, mask: LinkMask | None, dtype: torch.dtype
 ) -> Tensor:
     if branch.kind == "softmax":
-        return _softmax(_branch_logits(branch, content, params, links, dtype), links, mask)
+        return softmax(_branch_logits(branch, content, params, links, dtype), links, mask)
     if branch.kind == "mean":
         return _mean(links, mask, dtype)
     ones = torch.ones((links.count, 1, 1), dtype=dtype, device=links.device)
