@@ -1,6 +1,7 @@
 """Running an operator: choose an algorithm, check everything, compute, return the caller's kind of array."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,6 +169,12 @@ def _returned(value: Array, batch_shape: tuple[int, ...], like: Array) -> Array:
     return to_kind("out", shaped, kind, _device(like))
 
 
+def _in_graph() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` is making a graph of what is called."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def run(
     operator: Operator,
     params: Mapping[str, Array],
@@ -201,6 +208,10 @@ def run(
         CostError: it would need more memory than the machine has.
         UnknownName: no such backend or algorithm.
     """
+    if _in_graph():
+        from translution.graph import call
+
+        return call(operator, params, x, y, mask, backend, algorithm, return_weights)
     found = get_backend(backend)
     request, chosen, own, inputs = _prepare(operator, params, x, y, mask, found, algorithm, return_weights)
     out, weights = found.forward(request, chosen, own, inputs)
