@@ -45,6 +45,7 @@ bench: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/native.py
+	$(BIN)/python benchmarks/scale.py
 
 coverage: $(STAMPS)/dev $(STAMPS)/package
 	$(PYTEST) tests --ignore=tests/triton_interpreter --ignore=tests/triton_ahead_of_time --cov

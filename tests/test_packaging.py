@@ -28,12 +28,14 @@ FOLDERS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 LAYERS = ("spec", "core", "backends", "conformance", "paper", "cli")
 # The modules of translution_core/ that are the command line: they sit on top, and import the layers below lazily.
 COMMAND_LINE = (
-    "__main__", "cli", "command_files", "conform_command", "pick_command", "display", "selection_display",
+    "__main__", "cli", "command_files", "conform_command", "pick_command", "scale_command", "display",
+    "selection_display",
 )  # fmt: skip
 # What a module may import when it is itself imported; within a function any declared dependency will do.
 THIRD_PARTY = {
     "spec": set(),
     "core": {"numpy"},
+    "core.graph": {"numpy", "torch"},  # imported where torch makes a graph, and by nothing else
     "cli": {"numpy", "typer", "rich"},
     "backends": {"numpy"},
     "backends.reference": {"numpy"},
@@ -82,6 +84,8 @@ def place(name: str) -> str:
     if parts == ["backends"]:
         one_backend = ".".join(name.split(".")[1:3])
         return one_backend if one_backend in THIRD_PARTY else "backends"
+    if parts == ["graph"]:
+        return "core.graph"
     return "cli" if parts and parts[0] in COMMAND_LINE else "core"
 
 

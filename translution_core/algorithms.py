@@ -55,6 +55,8 @@ class Cost:
     ``flops``: of its matrix products. ``working_bytes``: at most at any time, beyond tokens and parameters; gradients
     of the parameters are part of it. ``parameter_bytes``. ``traffic_bytes``: what all operations read and write, None
     where that is not known. ``counted``: whether the backend's own operations were counted, or this is an estimate.
+    ``saved_bytes``: of the working memory, what is kept from forward to backward, the result included; None where that
+    is not known.
     """
 
     flops: int
@@ -62,6 +64,7 @@ class Cost:
     parameter_bytes: int
     traffic_bytes: int | None = None
     counted: bool = False
+    saved_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:

@@ -21,6 +21,7 @@ from translution.pick_command import (
     pick,
     request_for,
 )
+from translution.scale_command import DeviceMemory, Devices, Layers, scale_for
 
 app = typer.Typer(
     name="translution",
@@ -92,14 +93,19 @@ def explain(
     mask: Mask = "none",
     device: Device = "cpu",
     max_memory: MaxMemory = None,
+    devices: Devices = None,
+    device_memory: DeviceMemory = None,
+    layers: Layers = None,
     json_file: JsonFile = None,
 ) -> None:
     """Normal form, parameters, and every backend and algorithm: what it costs, or why it can't run.
 
     Nothing is computed or allocated. With --max-memory, exit code 1 where nothing fits; then other operators that do
-    are shown.
+    are shown. With --devices, what each holds where the operator is distributed: exit code 1 where no way fits; then on
+    how many devices it would.
     """
     check_file("--json", json_file)
+    scale = scale_for(devices, device_memory, layers, max_memory)
     from translution.cheaper import cheaper
     from translution.display import explanation_json, show_explanation, show_fits
     from translution.execution import explain as candidates
@@ -114,8 +120,11 @@ def explain(
         with Progress() as progress:
             fits = cheaper(request, limit, update=progress.update)
         show_fits(fits, limit)
-    write_json(json_file, explanation_json(request, found, fits))
-    raise typer.Exit(0 if fits is None else 1)
+    data, holds = explanation_json(request, found, fits), fits is None
+    if scale is not None:
+        holds, data["scale"] = scale.show(request)
+    write_json(json_file, data)
+    raise typer.Exit(0 if holds else 1)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ def _peak_here(plan: Plan, request: Request) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return int(torch.cuda.max_memory_allocated() - before)
+    return resident_peak(call)
+
+
+def resident_peak(call: Callable[[], object]) -> int:
+    """Bytes of this process at most during ``call``, beyond those before it. What is loaded or kept, load before."""
     _give_back()
     _FORGET.write_text("5", encoding="ascii")
     before = _resident("VmRSS")

@@ -42,7 +42,7 @@ MaxMemory = Annotated[
 ]
 
 
-def memory_size(text: str) -> int:
+def memory_size(text: str, option: str = "--max-memory") -> int:
     """Bytes of ``2GB`` (1000^3), ``2GiB`` (1024^3), ``500M``, ``1e9``."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper().replace("E", "e"))
     try:
@@ -50,7 +50,7 @@ def memory_size(text: str) -> int:
     except (KeyError, ValueError):
         count = 0
     if count <= 0:
-        raise wrong_use(f"--max-memory {text}: give a size such as 2GB, 500MiB or 1.5G")
+        raise wrong_use(f"{option} {text}: give a size such as 2GB, 500MiB or 1.5G")
     return count
 
 

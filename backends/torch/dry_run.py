@@ -43,12 +43,16 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.traffic = self.peak = self._held = 0
+        # What is held when the backward begins; None before.
+        self.saved: int | None = None
         self._alive = {t.untyped_storage()._cdata: 0 for t in given}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         own = dict(kwargs or {})
+        if self.saved is None and torch._C._current_graph_task_id() >= 0:
+            self.saved = self._held
         out = func(*args, **own)
         # What works in place has as many operations as what does not.
         formula = flop_registry.get(getattr(torch.ops.aten, func._overloadpacket.__name__.removesuffix("_"), None))
@@ -136,4 +140,4 @@ def dry_run(backend: Backend, request: Request, algorithm: str) -> Cost:
         with Counter(given) as counter:
             compute(backend, request, algorithm, params, inputs, pull)
     parameters = operator.num_parameters * ITEM_BYTES[request.dtype]
-    return Cost(counter.flops, counter.peak, parameters, counter.traffic, counted=True)
+    return Cost(counter.flops, counter.peak, parameters, counter.traffic, True, counter.saved)
