@@ -67,7 +67,7 @@ def _prepared(case: Case, update: Update) -> tuple[dict[str, Any], dict[tuple[st
             "products_flops": products.flops, "large_product_flops": products.large_flops,
             "table_bytes": products.table_bytes, "seconds": {},
         }  # fmt: skip
-        calls |= {("", name): products.calls()[name] for name in case.candidates if name in MACHINE}
+        calls |= {("", name): call for name, call in products.calls().items() if name in case.candidates}
     workload.__dict__.pop("exact", None)  # as large as the tables, several times
     return row, calls
 

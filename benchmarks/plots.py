@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from reading import SHARES, Data, medians, shares, time_exponent
 from workload import FORWARD, TRAINING
 
+LABELS = {FORWARD: "forward", TRAINING: "both"}
 COLOURS = {FORWARD: "#3b6fb6", TRAINING: "#c8553d"}
 STYLE: Any = {"svg.hashsalt": "translution", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
          "axes.spines.right": False}  # fmt: skip
@@ -52,7 +53,7 @@ def plot_growth(family: Data, path: Path) -> None:
                 # Least squares go through the mean of both logarithms.
                 mid, level = _geometric(values), 1e3 * _geometric(times)
                 axes.loglog(values, [level * (v / mid) ** fitted for v in values], color=colour, linewidth=1,
-                            label=f"{which}: {fitted:.2f}")  # fmt: skip
+                            label=f"{LABELS[which]}: {fitted:.2f}")  # fmt: skip
             axes.set_title(group["name"], fontsize=9)
             axes.set_xlabel(group["variable"])
             axes.set_xticks(values, [f"{v:g}" for v in values], rotation=45 if max(values) > 1000 else 0)

@@ -129,15 +129,13 @@ class Workload:
             return NumpyComputation(self, backend, algorithm)
         return TorchComputation(self, translution.compile(self.case.operator, backend, algorithm), device)
 
-    def checked(self, name: str, which: str) -> tuple[Call, float | None]:
-        """A call of a pass, ready to be timed, and its largest error as a share of its bound; None for ``MACHINE``.
+    def checked(self, name: str, which: str) -> tuple[Call, float]:
+        """A call of a pass, ready to be timed, and its largest error as a share of its bound.
 
         Raises:
             CannotRun: with every reason.
             ComparisonError: it is wrong.
         """
-        if name in MACHINE:
-            return self.products.calls()[name], None
         found = self.computation(name, which)
         try:
             out, gradients = found.results(self.exact.cotangent, with_gradients=which != FORWARD)
