@@ -43,7 +43,7 @@ check: $(STAMPS)/dev $(STAMPS)/package
 # Every part runs, whatever another one misses.
 bench: $(STAMPS)/dev $(STAMPS)/package
 	missed=; \
-	$(BIN)/pytest benchmarks --benchmark-only || missed=1; \
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds || missed=1; \
 	for part in report memory native; do $(BIN)/python benchmarks/$$part.py || missed=1; done; \
 	test -z "$$missed"
 

@@ -3,7 +3,7 @@
 Nothing is timed before it kept its error bound. Ratios, shares and growth are in report.py, which interleaves rounds.
 """
 
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ PARAMETERS = [
 ]
 
 
-@cache
+@lru_cache(maxsize=1)  # cases follow one another, and exact results are large
 def workload(case: Case) -> Workload:
     """One for all candidates and passes of a case."""
     return Workload(case)
