@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import processor
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import translution
 from translution.backends.torch.modules import from_module
 from translution.conformance.comparison import ComparisonError
+from translution.plan_file import fingerprint
 from translution.trials import Timing, measure
 
 THREADS, WITHIN, LEAST = 2, 1.10, 1e-3
@@ -136,7 +136,10 @@ def main() -> int:
     long = [row for row in rows if row["module_seconds"] > LEAST]
     short = [row for row in long if row["ratio"] > WITHIN]
     page = INTRODUCTION.format(
-        threads=THREADS, processor=processor(), torch=torch.__version__, held=f"{len(long) - len(short)} of {len(long)}"
+        threads=THREADS,
+        processor=fingerprint()["machine"]["processor"],
+        torch=torch.__version__,
+        held=f"{len(long) - len(short)} of {len(long)}",
     )
     for row in rows:
         low, high = row["interval"]

@@ -39,11 +39,16 @@ def _give_back() -> None:
         trim(0)
 
 
-def _peak_here(plan: Plan, request: Request) -> int:
-    """Bytes of this process at most during a second call, beyond those before it."""
-    call = Workload(request).call(plan.backend, plan.algorithm)
+def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes of this process at most during a second call, beyond those before it.
+
+    Raises:
+        CannotMeasure: there is no /proc.
+    """
+    if device == "cpu" and not _FORGET.exists():
+        raise CannotMeasure("the peak of a process is measured on Linux, which has /proc/self/clear_refs")
     call()
-    if request.device != "cpu":
+    if device != "cpu":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
@@ -97,7 +102,9 @@ def _main(asked: Mapping[str, Any]) -> None:
     sys.path[:] = asked["path"]
     operator = operator_from_data(asked["operator"])
     plan = Plan(operator, asked["backend"], asked["algorithm"])
-    sys.stdout.write(f"{_peak_here(plan, request_of(operator, asked['request']))}\n")
+    request = request_of(operator, asked["request"])
+    call = Workload(request).call(plan.backend, plan.algorithm)
+    sys.stdout.write(f"{peak_of(call, request.device)}\n")
 
 
 if __name__ == "__main__":
