@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from translution.backends.triton import assembly, launch, operation
-from translution.backends.triton.launch import Blocks, Target
+from translution.backends.triton.targets import Blocks, Target, blocks_for
 from translution.inputs import Inputs
 from translution.normal_form import normal_form
 from translution.spec import presets as p
@@ -187,7 +187,7 @@ def test_the_launched_kernel_passes_every_gate(name, chip, compiled, record_prop
 )
 def test_a_bad_configuration_is_rejected(chip, change, fault, compiled):
     target = CHIPS[chip].target
-    good = launch.blocks_for(Target(target.backend, target.arch if target.backend == "cuda" else 0), 2)
+    good = blocks_for(Target(target.backend, target.arch if target.backend == "cuda" else 0), 2)
     found = compiled(FULL, chip, torch.bfloat16, blocks=replace(good, **change))
     assert any(fault in text for text in found.faults())
 

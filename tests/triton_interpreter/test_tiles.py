@@ -9,7 +9,7 @@ import torch
 from triton.runtime import interpreter
 
 import translution
-from translution.backends.triton import launch, operation
+from translution.backends.triton import launch, operation, targets
 from translution.conformance.comparison import check
 from translution.conformance.error_model import budget
 from translution.spec import Lattice, Mean, Ones, Operator, PerDisplacement, Shared
@@ -34,13 +34,13 @@ CASES = {
 # One site and one item per program; several sites; several items; more rows than there is to do.
 ROWS = {"1": 1, "2": 2, "4": 4, "64": 64}
 TOKENS = ("q_tokens", "k_tokens", "v_tokens", "q_static", "k_static", "v_static", "q_plain", "k_plain")
-SMALL = launch.Blocks(rows=1, channels=16, features=16, value_features=16, warps=1, stages=1)
+SMALL = targets.Blocks(rows=1, channels=16, features=16, results=16, warps=1, stages=1)
 
 
 @pytest.fixture
 def rows(request, monkeypatch):
-    monkeypatch.setattr(launch, "interpreter_rows", lambda _: request.param)
-    monkeypatch.setattr(launch, "INTERPRETER", SMALL)
+    monkeypatch.setattr(targets, "interpreter_rows", lambda *_: request.param)
+    monkeypatch.setattr(targets, "INTERPRETER", SMALL)
 
 
 def padded(value: torch.Tensor | None) -> torch.Tensor | None:
@@ -138,8 +138,8 @@ def test_no_integer_overflows(draw, monkeypatch):
     ],
 )
 def test_tile_shape(rows, batch, grid, tile):
-    assert launch.tile_for(rows, batch, grid, 1) == tile
+    assert targets.tile_for(rows, batch, grid, 1) == tile
 
 
 def test_a_tile_never_spans_more_than_32_bits():
-    assert launch.tile_for(64, 64, (1, 1, 64), 2**28)[3] == 4
+    assert targets.tile_for(64, 64, (1, 1, 64), 2**28)[3] == 4
