@@ -125,7 +125,7 @@ def _grid_part(
 
 
 def forward(form: NormalForm, params: Params, inputs: Inputs, gradient: bool = False) -> Tensor:
-    """out [B, Nq, F] in the dtype of x. With ``gradient`` the call may be recorded, and absent tokens reach no gradient."""
+    """out [B, Nq, F] in the dtype of x. With ``gradient`` it may be recorded: absent tokens reach no gradient."""
     layout = form.operator.layout
     assert isinstance(layout, Lattice)
     mask = None if inputs.mask is None else float_mask(inputs.mask)

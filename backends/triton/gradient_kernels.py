@@ -4,9 +4,10 @@
     dq_ij = scale dl_ij k_ij       dk_ij = scale dl_ij q_ij        dv_ij = P_ij dO_i
     dx_i = sum_j dq_ij W[c]^T      dW[c] = sum_ij x_i^T dq_ij      and so for keys and values
 
-:func:`pairs_kernel` keeps P and dl, one number each per pair and head; q, k and v of a pair are computed again where
-they are used. :func:`owners_kernel` sums over the partners of a token, :func:`tables_kernel` and :func:`bias_kernel`
-over the pairs of a displacement. P and dl lie [H, Nq, S, B]; the slot S is the key, or the row of the bias table.
+:func:`weights_kernel` and :func:`d_logits_kernel` keep P and dl, one number each per pair and head; q, k and v of a
+pair are computed again where they are used. :func:`owners_kernel` sums over the partners of a token,
+:func:`tables_kernel` and :func:`bias_kernel` over the pairs of a displacement. P and dl lie [H, Nq, S, B]; the slot S
+is the key, or the row of the bias table.
 
 A key meets its queries at mirrored taps: with u = taps - 1 - t its query is ``(b + (taps - 1) step - shift - u step) /
 stride``, so that one kernel serves both sides.
@@ -24,17 +25,14 @@ from translution.backends.triton.tiles import columns_of, encoded, first_of_tile
 
 
 @triton.jit
-def pairs_kernel(
+def weights_kernel(
     q_tokens, q_table, q_static, q_plain,
     k_tokens, k_table, k_static, k_plain,
-    v_tokens, v_table, v_static,
     bias, mask,
-    d_static, d_relative,  # cotangents of the results [B, N, H, V] and [B, N, H, W]
-    highest, total, delta,  # [B, N, H]
-    weights, d_logits,  # [H, N, S, B]
+    highest, total,  # [B, N, H]
+    weights,  # [H, N, S, B]
     q_tokens_batch, q_static_batch, q_plain_batch,
     k_tokens_batch, k_static_batch, k_plain_batch,
-    v_tokens_batch, v_static_batch,
     mask_batch, mask_head, mask_query, mask_key,
     batch, num_classes, base, slots,
     grid_z, grid_y, grid_x,
@@ -45,19 +43,17 @@ def pairs_kernel(
     stride_z, stride_y, stride_x,
     scale,
     HEADS: tl.constexpr,
-    Q_INNER: tl.constexpr, K_INNER: tl.constexpr, V_INNER: tl.constexpr,
-    Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr,
-    V_HEAD: tl.constexpr,
-    PLAIN: tl.constexpr, WIDTH: tl.constexpr, V_STATIC: tl.constexpr, V_WIDTH: tl.constexpr,
+    Q_INNER: tl.constexpr, K_INNER: tl.constexpr,
+    Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr,
+    PLAIN: tl.constexpr, WIDTH: tl.constexpr,
     HAS_Q_STATIC: tl.constexpr, HAS_K_STATIC: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr,
-    HAS_D_LOGITS: tl.constexpr,
     SLOT_IS_KEY: tl.constexpr,
     UPCAST: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, BB: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BP: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """P and, with HAS_D_LOGITS, dl of the pairs of a tile of queries and a head. A masked pair gets 0."""
+    """P of the pairs of a tile of queries and a head. A masked pair gets 0."""
     ROWS: tl.constexpr = TZ * TY * TX * BB
     first_z, first_y, first_x, first_b, head = first_of_tile(
         tl.program_id(0), batch, grid_z, grid_y, grid_x, TZ, TY, TX, BB
@@ -86,17 +82,13 @@ def pairs_kernel(
     head_column = query_column * HEADS + head
     q_tokens += first_item * q_tokens_batch + (item_column * q_tokens_batch + query_column * Q_INNER)
     k_tokens += first_item * k_tokens_batch
-    v_tokens += first_item * v_tokens_batch
     k_items = item_column * k_tokens_batch
-    v_items = item_column * v_tokens_batch
     q_static += first_item * q_static_batch + (item_column * q_static_batch + head_column * WIDTH)
     k_static += first_item * k_static_batch + (item_column * k_static_batch + head * WIDTH)
     q_plain += first_item * q_plain_batch + (item_column * q_plain_batch + head_column * PLAIN)
     k_plain += first_item * k_plain_batch + (item_column * k_plain_batch + head * PLAIN)
-    v_static += first_item * v_static_batch + (item_column * v_static_batch + head * V_STATIC)
     q_table += head * WIDTH
     k_table += head * WIDTH
-    v_table += head * V_HEAD
     if MASK > 0:
         mask_rows = mask + (first_item + item) * mask_batch + head.to(tl.int64) * mask_head
         mask_rows += query.to(tl.int64) * mask_query
@@ -104,25 +96,18 @@ def pairs_kernel(
 
     num_queries = grid_z * grid_y * grid_x
     at_row = (item * num_queries + query) * HEADS + head
-    at_column = at_row[:, None]
     first_out = first_item * num_queries * HEADS
-    d_static += first_out * V_STATIC + at_column * V_STATIC
-    d_relative += first_out * V_WIDTH + at_column * V_WIDTH
     # A row that sees nothing has a highest logit of -inf and a total of 0.
     row_highest = tl.load(highest + first_out + at_row, mask=inside, other=0.0)
     row_highest = tl.where(row_highest == negative_infinity, 0.0, row_highest)
     row_total = tl.load(total + first_out + at_row, mask=inside, other=1.0)
     row_total = tl.where(row_total == 0.0, 1.0, row_total)
-    if HAS_D_LOGITS:
-        row_delta = tl.load(delta + first_out + at_row, mask=inside, other=0.0)
     first_pair = (head.to(tl.int64) * num_queries + query) * slots * batch + (first_item + item)
 
     plain_cols = tl.arange(0, BP)[None, :]
     width_cols = tl.arange(0, BW)[None, :]
     across = tl.arange(0, BQ)[None, :]
     down = tl.arange(0, BQ)[:, None]
-    v_across = tl.arange(0, BK)[None, :]
-    v_down = tl.arange(0, BK)[:, None]
 
     count_y = tl.maximum(end_y - low_y, 0)
     for line in range(tl.maximum(end_z - low_z, 0) * count_y):
@@ -163,25 +148,115 @@ def pairs_kernel(
             pair = first_pair + (key.to(tl.int64) if SLOT_IS_KEY else row) * batch
             tl.store(weights + pair, weight, mask=linked)
 
-            if HAS_D_LOGITS:
-                agreement = tl.full([ROWS], 0.0, tl.float32)
-                if V_STATIC > 0:
-                    v_static_rows = v_static + key_column * (HEADS * V_STATIC)
-                    for first in range(0, V_STATIC, BS):
-                        cols = first + tl.arange(0, BS)[None, :]
-                        v = columns_of(v_static_rows, live_column, cols, V_STATIC, BS)
-                        agreement += tl.sum(v * columns_of(d_static, inside_column, cols, V_STATIC, BS), axis=1)
-                if V_WIDTH > 0:
-                    v_rows = v_tokens + (v_items + key_column * V_INNER)
-                    table = v_table + row * (V_INNER * V_COLUMNS)
-                    for first in range(0, V_WIDTH, BV):
-                        cols = first + tl.arange(0, BV)[None, :]
-                        v = tl.full([ROWS, BV], 0.0, tl.float32)
-                        v = project(v, v_rows, live_column, table, cols, v_across, v_down, V_COLUMNS, V_INNER, V_WIDTH,
-                                    BK, BV, UPCAST)  # fmt: skip
-                        agreement += tl.sum(v * columns_of(d_relative, inside_column, cols, V_WIDTH, BV), axis=1)
-                d_logit = tl.where(live, weight * (agreement - row_delta), 0.0)
-                tl.store(d_logits + pair, d_logit, mask=linked)
+
+@triton.jit
+def d_logits_kernel(
+    v_tokens, v_table, v_static,
+    mask,
+    d_static, d_relative,  # cotangents of the results [B, N, H, V] and [B, N, H, W]
+    delta,  # [B, N, H]
+    weights, d_logits,  # [H, N, S, B]
+    v_tokens_batch, v_static_batch,
+    mask_batch, mask_head, mask_query, mask_key,
+    batch, base, slots,
+    grid_z, grid_y, grid_x,
+    keys_z, keys_y, keys_x,
+    taps_z, taps_y, taps_x,
+    shift_z, shift_y, shift_x,
+    step_z, step_y, step_x,
+    stride_z, stride_y, stride_x,
+    HEADS: tl.constexpr,
+    V_INNER: tl.constexpr, V_COLUMNS: tl.constexpr,
+    V_HEAD: tl.constexpr, V_STATIC: tl.constexpr, V_WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+    SLOT_IS_KEY: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dl of the pairs of a tile of queries and a head. A masked pair gets 0."""
+    ROWS: tl.constexpr = TZ * TY * TX * BB
+    first_z, first_y, first_x, first_b, head = first_of_tile(
+        tl.program_id(0), batch, grid_z, grid_y, grid_x, TZ, TY, TX, BB
+    )
+    rows = tl.arange(0, ROWS)
+    item = rows % BB
+    site = rows // BB
+    x = first_x + site % TX
+    y = first_y + (site // TX) % TY
+    z = first_z + site // (TX * TY)
+    inside = (x < grid_x) & (y < grid_y) & (z < grid_z) & (first_b + item < batch)
+    query = (z * grid_y + y) * grid_x + x
+    first_item = first_b.to(tl.int64)
+    inside_column = inside[:, None]
+    negative_infinity = float("-inf")
+    low_z, end_z = taps_of_axis(first_z, grid_z, keys_z, taps_z, shift_z, step_z, stride_z, TZ)
+    low_y, end_y = taps_of_axis(first_y, grid_y, keys_y, taps_y, shift_y, step_y, stride_y, TY)
+    low_x, end_x = taps_of_axis(first_x, grid_x, keys_x, taps_x, shift_x, step_x, stride_x, TX)
+    origin_x = tl.where(inside, x * stride_x + shift_x, -1)
+    origin_y = y * stride_y + shift_y
+    origin_z = z * stride_z + shift_z
+
+    item_column = item[:, None]
+    v_tokens += first_item * v_tokens_batch
+    v_items = item_column * v_tokens_batch
+    v_static += first_item * v_static_batch + (item_column * v_static_batch + head * V_STATIC)
+    v_table += head * V_HEAD
+    if MASK > 0:
+        mask_rows = mask + (first_item + item) * mask_batch + head.to(tl.int64) * mask_head
+        mask_rows += query.to(tl.int64) * mask_query
+    num_queries = grid_z * grid_y * grid_x
+    at_row = (item * num_queries + query) * HEADS + head
+    at_column = at_row[:, None]
+    first_out = first_item * num_queries * HEADS
+    d_static += first_out * V_STATIC + at_column * V_STATIC
+    d_relative += first_out * V_WIDTH + at_column * V_WIDTH
+    row_delta = tl.load(delta + first_out + at_row, mask=inside, other=0.0)
+    first_pair = (head.to(tl.int64) * num_queries + query) * slots * batch + (first_item + item)
+    across = tl.arange(0, BK)[None, :]
+    down = tl.arange(0, BK)[:, None]
+
+    count_y = tl.maximum(end_y - low_y, 0)
+    for line in range(tl.maximum(end_z - low_z, 0) * count_y):
+        tap_y = low_y + line % count_y
+        tap_z = low_z + line // count_y
+        key_z = origin_z - tap_z * step_z
+        key_y = origin_y - tap_y * step_y
+        live_y = (key_z >= 0) & (key_z < keys_z) & (key_y >= 0) & (key_y < keys_y)
+        key_line = (key_z * keys_y + key_y) * keys_x
+        first_class = (tap_z * taps_y + tap_y) * taps_x
+        first_row = (first_class - base).to(tl.int64)
+        for tap_x in range(tl.maximum(low_x, base - first_class), end_x):
+            key_x = origin_x - tap_x * step_x
+            linked = live_y & (key_x >= 0) & (key_x < keys_x)
+            key = key_line + key_x
+            row = first_row + tap_x
+            live = linked
+            if MASK > 0:
+                seen = tl.load(mask_rows + key.to(tl.int64) * mask_key, mask=linked, other=0)
+                live = linked & (seen != 0) if MASK == 1 else linked & (seen != negative_infinity)
+            live_column = live[:, None]
+            key_column = key[:, None]
+            pair = first_pair + (key.to(tl.int64) if SLOT_IS_KEY else row) * batch
+            weight = tl.load(weights + pair, mask=live, other=0.0)
+            agreement = tl.full([ROWS], 0.0, tl.float32)
+            if V_STATIC > 0:
+                v_static_rows = v_static + key_column * (HEADS * V_STATIC)
+                for first in range(0, V_STATIC, BS):
+                    cols = first + tl.arange(0, BS)[None, :]
+                    v = columns_of(v_static_rows, live_column, cols, V_STATIC, BS)
+                    agreement += tl.sum(v * columns_of(d_static, inside_column, cols, V_STATIC, BS), axis=1)
+            if V_WIDTH > 0:
+                v_rows = v_tokens + (v_items + key_column * V_INNER)
+                table = v_table + row * (V_INNER * V_COLUMNS)
+                for first in range(0, V_WIDTH, BV):
+                    cols = first + tl.arange(0, BV)[None, :]
+                    d = columns_of(d_relative, inside_column, cols, V_WIDTH, BV)
+                    v = tl.full([ROWS, BV], 0.0, tl.float32)
+                    v = project(v, v_rows, live_column, table, cols, across, down, V_COLUMNS, V_INNER, V_WIDTH, BK, BV,
+                                UPCAST)  # fmt: skip
+                    agreement += tl.sum(v * d, axis=1)
+            tl.store(d_logits + pair, tl.where(live, weight * (agreement - row_delta), 0.0), mask=linked)
 
 
 @triton.jit
@@ -422,6 +497,7 @@ def tables_kernel(
     OWN_INNER: tl.constexpr, OWN_COLUMNS: tl.constexpr, OWN_HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS_HELD: tl.constexpr,  # heads whose matrix is the same one, and added up
+    TURNED: tl.constexpr,  # whether the result is computed transposed
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
     CHUNKS: tl.constexpr, WIDTH_CHUNKS: tl.constexpr,
@@ -449,7 +525,7 @@ def tables_kernel(
     channel_row = channels[None, :]
     across = tl.arange(0, BK)[None, :]
     down = tl.arange(0, BK)[:, None]
-    acc = tl.full([BC, BW], 0.0, tl.float32)
+    acc = tl.full([BW, BC] if TURNED else [BC, BW], 0.0, tl.float32)
     table += (row if KEY_TABLE else key_row) * (INNER * COLUMNS)
     for held in range(HEADS_HELD):
         head = first_head + held
@@ -491,10 +567,14 @@ def tables_kernel(
                 x = x.to(tl.float32)
             else:
                 product = product.to(x.dtype)
-            acc = tl.dot(tl.trans(x), product, acc, input_precision="ieee")
+            if TURNED:
+                acc = tl.dot(tl.trans(product), x, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(tl.trans(x), product, acc, input_precision="ieee")
     out += (key_row if KEY_TABLE else row) * (OWN_INNER * OWN_COLUMNS) + first_head * OWN_HEAD
     at = out + (channels[:, None] * OWN_COLUMNS + cols)
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(channels[:, None] < OWN_INNER) & (cols < WIDTH))
+    found = tl.trans(acc) if TURNED else acc
+    tl.store(at, found.to(out.dtype.element_ty), mask=(channels[:, None] < OWN_INNER) & (cols < WIDTH))
 
 
 @triton.jit

@@ -98,35 +98,68 @@ class Launcher:
     target: Target
     blocks: Blocks | None = None
 
-    def scores(self, given: Cotangents, by_key: bool, wants_d_logits: bool, fill: bool) -> tuple[Scores, Scores]:
-        """P and dl; with ``fill`` dl is 0 where no pair is."""
+    def weights(self, given: Cotangents, by_key: bool) -> Scores:
+        """P."""
         o, box = self.operands, self.operands.box
         slots = box.num_keys if by_key else box.num_classes
         if not o.normalise:
-            ones = Scores(None, 1.0, slots, by_key)
-            return ones, ones
-        shape = (o.num_heads, box.num_queries, slots, o.batch)
-        weights = given.total.new_empty(shape)
-        d_logits = (weights.new_zeros if fill else weights.new_empty)(shape if wants_d_logits else 0)
-        chosen = self._blocks("pairs", box.grid)
+            return Scores(None, 1.0, slots, by_key)
+        out = given.total.new_empty((o.num_heads, box.num_queries, slots, o.batch))
+        chosen = self._blocks("weights", box.grid)
         tile = tile_for(chosen.rows, o.batch, box.grid, o.item_span)
-        kernel: Any = kernels.pairs_kernel
+        inner = [0 if t is None else t.shape[1] for t in (o.q_table, o.k_table)]
+        columns = [0 if t is None else t.shape[2] for t in (o.q_table, o.k_table)]
+        kernel: Any = kernels.weights_kernel
         with launching():
             kernel[(programs_for(tile, o.batch, box.grid) * o.num_heads,)](
-                *o.arguments(weights),
-                given.static, given.relative, given.highest, given.total, given.delta, weights, d_logits,
-                *o.strides(),
+                held(o.q_tokens, out), held(o.q_table, out), held(o.q_static, out), held(o.q_plain, out),
+                held(o.k_tokens, out), held(o.k_table, out), held(o.k_static, out), held(o.k_plain, out),
+                held(o.bias, out), held(o.mask, out), given.highest, given.total, out,
+                rows_of(o.q_tokens), rows_of(o.q_static), rows_of(o.q_plain),
+                rows_of(o.k_tokens), rows_of(o.k_static), rows_of(o.k_plain),
+                *o.mask_strides,
                 o.batch, 0 if o.bias is None else o.bias.shape[1], box.base, slots,
                 *box.axes(),
                 o.scale,
-                **o.constants(),
-                HAS_D_LOGITS=wants_d_logits,
-                SLOT_IS_KEY=by_key,
+                HEADS=o.num_heads,
+                Q_INNER=inner[0], K_INNER=inner[1], Q_COLUMNS=columns[0], K_COLUMNS=columns[1],
+                PLAIN=o.plain_width, WIDTH=o.width,
+                HAS_Q_STATIC=o.q_static is not None, HAS_K_STATIC=o.k_static is not None, HAS_BIAS=o.bias is not None,
+                MASK=o.mask_kind, SLOT_IS_KEY=by_key, UPCAST=INTERPRETED,
                 TZ=tile[0], TY=tile[1], TX=tile[2], BB=tile[3],
-                **o.block_sides(chosen),
+                BQ=block(chosen.channels, max(inner)),
+                BP=block(chosen.features, o.plain_width), BW=block(chosen.features, o.width),
                 **_options(chosen),
             )  # fmt: skip
-        return Scores(weights, 1.0, slots, by_key), Scores(d_logits, o.scale, slots, by_key)
+        return Scores(out, 1.0, slots, by_key)
+
+    def d_logits(self, given: Cotangents, weights: Scores, fill: bool) -> Scores:
+        """dl, whose sums the scale of the logits belongs to; with ``fill`` 0 where no pair is."""
+        o, box = self.operands, self.operands.box
+        assert weights.numbers is not None
+        out = (torch.zeros_like if fill else torch.empty_like)(weights.numbers)
+        chosen = self._blocks("d_logits", box.grid)
+        tile = tile_for(chosen.rows, o.batch, box.grid, o.item_span)
+        inner, columns = (0, 0) if o.v_table is None else (o.v_table.shape[1], o.v_table.shape[2])
+        kernel: Any = kernels.d_logits_kernel
+        with launching():
+            kernel[(programs_for(tile, o.batch, box.grid) * o.num_heads,)](
+                held(o.v_tokens, out), held(o.v_table, out), held(o.v_static, out), held(o.mask, out),
+                given.static, given.relative, given.delta, weights.numbers, out,
+                rows_of(o.v_tokens), rows_of(o.v_static),
+                *o.mask_strides,
+                o.batch, box.base, weights.slots,
+                *box.axes(),
+                HEADS=o.num_heads,
+                V_INNER=inner, V_COLUMNS=columns, V_HEAD=0 if o.value_shared else o.value_width,
+                V_STATIC=o.static_width, V_WIDTH=o.value_width,
+                MASK=o.mask_kind, SLOT_IS_KEY=weights.by_key, UPCAST=INTERPRETED,
+                TZ=tile[0], TY=tile[1], TX=tile[2], BB=tile[3],
+                BK=block(chosen.channels, inner),
+                BS=block(chosen.results, o.static_width), BV=block(chosen.results, o.value_width),
+                **_options(chosen),
+            )  # fmt: skip
+        return replace(weights, numbers=out, scale=o.scale)
 
     def of_owners(self, side: Side, scores: Scores, partner: Features, table: Tensor | None = None) -> Tensor:
         """Sums of coefficients times features over the partners of every token: [B, N, H, width], or, each of them
@@ -153,7 +186,7 @@ class Launcher:
             chunks = -(-own[0] // held_columns)
             out = like.new_empty((o.num_heads, o.batch, count, own[0]), dtype=torch.float32)
         spans = [span_of(t) for t in (partner.static, partner.tokens) if t is not None]
-        tile = tile_for(chosen.rows, o.batch, grid, max(*spans, math.prod(out.shape[2:]), 1))
+        tile = tile_for(chosen.rows, o.batch, grid, max(*spans, count * max(own[0], o.num_heads * partner.width)))
         kernel: Any = kernels.owners_kernel
         with launching():
             kernel[(programs_for(tile, o.batch, grid) * chunks * o.num_heads,)](
@@ -195,7 +228,7 @@ class Launcher:
                 *box.axes(),
                 scores.scale,
                 **self._constants(side, scores, partner, own),
-                HEADS_HELD=heads,
+                HEADS_HELD=heads, TURNED=chosen.turned,
                 ROWS=chosen.rows,
                 BK=block(chosen.channels, partner.sizes[0]), BW=across, BC=held_columns,
                 CHUNKS=chunks, WIDTH_CHUNKS=width_chunks,
@@ -258,9 +291,9 @@ def gradients(
     operands.check_dense()
     o, box = operands, operands.box
     do = Launcher(o, target or current_target(), blocks)
+    weights = do.weights(given, "mask" in needed or box.num_keys <= box.num_classes)
     wants_d_logits = any(not name.startswith("v_") for name in needed)
-    by_key = "mask" in needed or box.num_keys <= box.num_classes
-    weights, d_logits = do.scores(given, by_key, wants_d_logits, "mask" in needed)
+    d_logits = do.d_logits(given, weights, "mask" in needed) if wants_d_logits else weights
     query, key = (
         Features(o.q_static, o.q_tokens, o.q_table, o.width),
         Features(o.k_static, o.k_tokens, o.k_table, o.width),

@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from translution.backends.triton.targets import INTERPRETED, Axes, Blocks, block
+from translution.backends.triton.targets import Axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +127,6 @@ class Operands:
         rows = self.box.num_queries * self.num_heads * max(self.value_width, self.static_width, 1)
         return max(rows, *(span_of(t) for t in self.tokens))
 
-    def arguments(self, absent: Tensor) -> tuple[Tensor, ...]:
-        """The thirteen tensors; what is absent is never read."""
-        return tuple(held(t, absent) for t in (
-            self.q_tokens, self.q_table, self.q_static, self.q_plain, self.k_tokens, self.k_table, self.k_static,
-            self.k_plain, self.v_tokens, self.v_table, self.v_static, self.bias, self.mask,
-        ))  # fmt: skip
-
-    def strides(self) -> tuple[int, ...]:
-        """Of the batch axes in the order of :meth:`arguments`, then those of the mask."""
-        every = (self.q_tokens, self.q_static, self.q_plain, self.k_tokens, self.k_static, self.k_plain, self.v_tokens,
-                 self.v_static)  # fmt: skip
-        return (*map(rows_of, every), *self.mask_strides)
-
     @property
     def mask_strides(self) -> tuple[int, int, int, int]:
         """Zeros where there is none."""
@@ -148,32 +134,6 @@ class Operands:
             return 0, 0, 0, 0
         a, b, c, d = self.mask.stride()
         return a, b, c, d
-
-    def constants(self) -> dict[str, Any]:
-        """What the kernels that compute logits are compiled for."""
-        inner = [0 if t is None else t.shape[1] for t in self.tables]
-        columns = [0 if t is None else t.shape[2] for t in self.tables]
-        return {
-            "HEADS": self.num_heads,
-            "Q_INNER": inner[0], "K_INNER": inner[1], "V_INNER": inner[2],
-            "Q_COLUMNS": columns[0], "K_COLUMNS": columns[1], "V_COLUMNS": columns[2],
-            "V_HEAD": 0 if self.value_shared else self.value_width,
-            "PLAIN": self.plain_width, "WIDTH": self.width,
-            "V_STATIC": self.static_width, "V_WIDTH": self.value_width,
-            "HAS_Q_STATIC": self.q_static is not None, "HAS_K_STATIC": self.k_static is not None,
-            "HAS_BIAS": self.bias is not None,
-            "MASK": self.mask_kind,
-            "UPCAST": INTERPRETED,
-        }  # fmt: skip
-
-    def block_sides(self, chosen: Blocks) -> dict[str, int]:
-        """Sides of the tiles within the kernels that compute logits."""
-        inner = [0 if t is None else t.shape[1] for t in self.tables]
-        return {
-            "BQ": block(chosen.channels, max(inner[:2])), "BK": block(chosen.channels, inner[2]),
-            "BP": block(chosen.features, self.plain_width), "BW": block(chosen.features, self.width),
-            "BS": block(chosen.results, self.static_width), "BV": block(chosen.results, self.value_width),
-        }  # fmt: skip
 
     @property
     def mask_kind(self) -> int:

@@ -1,14 +1,11 @@
-"""Block sizes per kernel and target from a table, tile shapes from the problem, and interpreted launches in turn.
+"""Block sizes per kernel and target from a table, and tile shapes from the problem.
 
 There is no autotuning: it makes the first call slow, may choose differently in every run, and needs a device.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from threading import Lock
 from typing import Any
 
 import triton
@@ -21,29 +18,15 @@ INTERPRETED = not isinstance(columns_of, triton.runtime.JITFunction)
 MAX_OFFSET = 2**31 - 1
 # The smallest side of a product of tiles.
 LEAST = 1 if INTERPRETED else 16
-_INTERPRETER = Lock()
 
 
-@contextmanager
-def launching() -> Iterator[None]:
-    """Interpreted launches, one after another: a running kernel swaps functions of ``triton.language``."""
+def launching() -> AbstractContextManager[None]:
+    """Where kernels are launched."""
     if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
+        return nullcontext()
+    from translution.backends.triton import interpreter
 
-    builder, swap = interpreter.interpreter_builder, "_patch_lang"
-    with _INTERPRETER:
-        options, swaps = builder.options, getattr(interpreter, swap)
-        # Without debug the interpreter computes a 64-bit shadow of every integer operation and throws it away.
-        builder.options = replace(options, sanitize_overflow=options.debug and options.sanitize_overflow)
-        # It swaps at every call of a function within the kernel, which took a third of the time: once is enough.
-        setattr(interpreter, swap, cache(swaps))
-        try:
-            yield
-        finally:
-            builder.options = options
-            setattr(interpreter, swap, swaps)
+    return interpreter.launching()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +40,7 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """``rows`` of a tile or pairs at once, input ``channels`` per step, ``features`` of queries, keys or partners and
-    columns of ``results`` (values, for their scores) held at once.
+    columns of ``results`` (values, for their scores) held at once. ``turned``: tables' gradients are transposed.
     """
 
     rows: int
@@ -66,22 +49,29 @@ class Blocks:
     results: int
     warps: int
     stages: int
+    turned: bool = False
 
 
 INTERPRETER = Blocks(rows=128, channels=128, features=128, results=128, warps=1, stages=1)
 _SMALL = Blocks(rows=32, channels=32, features=32, results=32, warps=4, stages=2)
-_LARGE = Blocks(rows=64, channels=64, features=64, results=64, warps=8, stages=3)
+_NARROW = replace(_SMALL, channels=16)  # with 32 channels float32 spills on 90
+# Which number of stages does not spill, at 192 to 768 channels, is different for each kernel.
+_LARGE = Blocks(rows=64, channels=64, features=64, results=64, warps=8, stages=2)
+_SUMS = replace(_LARGE, results=128, stages=3)
 # kernel -> (at least this capability, item size, blocks), first match; measured in tests/triton_ahead_of_time.
 CUDA = {
     "forward": ((80, 2, _LARGE), (0, 2, _SMALL), (0, 4, _SMALL)),
-    "pairs": ((80, 2, _LARGE), (0, 2, _SMALL), (0, 4, _SMALL)),
-    "owners": ((80, 2, replace(_LARGE, results=128)), (0, 2, _SMALL), (0, 4, _SMALL)),
-    "tables": ((80, 2, replace(_LARGE, results=128)), (0, 2, _SMALL), (0, 4, _SMALL)),
+    "weights": ((80, 2, replace(_LARGE, stages=3)), (0, 2, _SMALL), (90, 4, _NARROW), (0, 4, _SMALL)),
+    "d_logits": ((80, 2, _LARGE), (0, 2, _SMALL), (90, 4, _NARROW), (0, 4, _SMALL)),
+    "owners": ((80, 2, _SUMS), (0, 2, _SMALL), (90, 4, _NARROW), (0, 4, _SMALL)),
+    # Turned, every load of the values' product is asynchronous on 80, and its products wait for one another on 90.
+    "tables": ((90, 2, _SUMS), (80, 2, replace(_SUMS, turned=True)), (0, 2, _SMALL), (0, 4, _SMALL)),
 }
 _WAVES = Blocks(rows=64, channels=64, features=64, results=64, warps=4, stages=2)
 HIP = {
     "forward": {2: _WAVES, 4: _SMALL},
-    "pairs": {2: _WAVES, 4: _SMALL},
+    "weights": {2: _WAVES, 4: _SMALL},
+    "d_logits": {2: _WAVES, 4: _SMALL},
     "owners": {2: _WAVES, 4: _SMALL},
     "tables": {2: _WAVES, 4: _SMALL},
 }
