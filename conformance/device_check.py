@@ -18,7 +18,7 @@ import torch
 
 import translution
 from translution.backends.triton import claims
-from translution.backends.triton.launch import INTERPRETED
+from translution.backends.triton.targets import INTERPRETED
 from translution.conformance.comparison import share, worst_error
 from translution.conformance.error_model import budget
 from translution.spec import Lattice, Mean, Operator, PerDisplacement, presets

@@ -1,14 +1,17 @@
-"""One fused Triton kernel on CUDA and ROCm GPUs; on the CPU with TRITON_INTERPRET=1. Forward only."""
+"""Fused Triton kernels on CUDA and ROCm GPUs, forward and backward; on the CPU with TRITON_INTERPRET=1."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from translution.algorithms import Request
 from translution.arrays import Array, Kind
 from translution.backends.triton import claims as known
 from translution.backends.triton.assembly import forward
-from translution.errors import NotSupported
 from translution.inputs import Inputs
 from translution.registry import Claims, Gradients
 
@@ -20,7 +23,7 @@ class TritonBackend:
     kind: Kind = "torch"
     algorithms = ("fused",)
     dtypes = ("float32", "float16", "bfloat16")
-    claims = Claims(gradient_order=0)
+    claims = Claims(gradient_order=1)
 
     def unavailable(self) -> list[str]:
         """No GPU and no interpreter."""
@@ -33,15 +36,30 @@ class TritonBackend:
     def forward(
         self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs
     ) -> tuple[Array, Array | None]:
-        """out [B, Nq, F]; there are never weights."""
-        with torch.no_grad():
-            return forward(request.normal_form, params, inputs), None
+        """out [B, Nq, F], recorded where a gradient is asked for; there are never weights."""
+        with no_autocast(inputs.x):
+            return forward(request.normal_form, params, inputs, request.gradient), None
 
     def vjp(
         self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs, cotangent: Array
     ) -> tuple[Array, Gradients]:
-        """Always :class:`NotSupported`."""
-        raise NotSupported(self.name, algorithm, [known.NO_BACKWARD])
+        """out, and the gradients of <cotangent, out>; x and y are leaves of their own."""
+        x, y = inputs.x.detach().requires_grad_(), inputs.y.detach().requires_grad_()
+        own = {name: value.detach().requires_grad_() for name, value in params.items()}
+        leaves = [x, y, *own.values()]
+        recorded = Inputs(x, y, inputs.mask, inputs.batch_shape)
+        with torch.enable_grad():
+            out, _ = self.forward(replace(request, gradient=True), algorithm, own, recorded)
+            given = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        found = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, given, strict=True)]
+        return out.detach(), Gradients(dict(zip(own, found[2:], strict=True)), found[0], found[1])
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """A region in which dtypes stay as they are (clause D1)."""
+    if like.is_meta:  # for which torch has no autocast
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 backend = TritonBackend()

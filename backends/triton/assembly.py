@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from translution.backends.triton.launch import Axes, Box
-from translution.backends.triton.operation import fused_forward
+from translution.backends.triton.operands import Box
+from translution.backends.triton.operation import check_transforms, fused_forward
 from translution.backends.triton.partial import Dense, Partial, mask_part
 from translution.backends.triton.roles import Encoded, Params, static_terms
+from translution.backends.triton.sight import without_unseen
+from translution.backends.triton.targets import Axes
 from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import BiasForm, Branch, NormalForm
@@ -107,6 +109,7 @@ def _grid_part(
         batch = value.tokens.shape[0]
         seen = grid.expand(batch, heads, layout.num_queries - first, layout.num_keys - first)
         seen = seen if seen.is_floating_point() else seen.view(torch.uint8)
+    check_transforms((*q, *k, value.narrowed, value.table, value.static, bias, seen))
     static, relative, highest, total = fused_forward(
         *q, *k, on_grid(value.narrowed), value.table, on_grid(value.static), bias, seen, box_of(layout).flat(),
         heads, width, table_width, shared, branch.scale if content else 0.0, branch.kind != "ones",
@@ -116,19 +119,22 @@ def _grid_part(
     raised = value.raise_(relative)
     if value.static is None and value.relative.width == value.role.head_dim:
         return Partial(raised, highest, total)
-    out = static if value.static is not None else raised.new_zeros((*raised.shape[:3], value.role.head_dim))
-    out[..., value.relative.start : value.relative.start + value.relative.width] += raised
-    return Partial(out, highest, total)
+    start, width = value.relative.start, value.relative.width
+    beside = torch.nn.functional.pad(raised, (start, value.role.head_dim - start - width))
+    return Partial(beside if value.static is None else static + beside, highest, total)
 
 
-def forward(form: NormalForm, params: Params, inputs: Inputs) -> Tensor:
-    """out [B, Nq, F] in the dtype of x."""
+def forward(form: NormalForm, params: Params, inputs: Inputs, gradient: bool = False) -> Tensor:
+    """out [B, Nq, F] in the dtype of x. With ``gradient`` it may be recorded: absent tokens reach no gradient."""
     layout = form.operator.layout
     assert isinstance(layout, Lattice)
-    query = None if form.query is None else Encoded(form.query, "query", inputs.x, params, layout)
-    key = None if form.key is None else Encoded(form.key, "key", inputs.y, params, layout)
-    value = Encoded(form.value, "key", inputs.y, params, layout)
     mask = None if inputs.mask is None else float_mask(inputs.mask)
+    x, y = inputs.x, inputs.y
+    if gradient:
+        x, y = without_unseen(x, y, layout, box_of(layout), mask)
+    query = None if form.query is None else Encoded(form.query, "query", x, params, layout)
+    key = None if form.key is None else Encoded(form.key, "key", y, params, layout)
+    value = Encoded(form.value, "key", y, params, layout)
     results = []
     for branch in form.branches:
         bias = None if branch.bias is None else bias_table(branch.bias, layout, params, inputs.x)

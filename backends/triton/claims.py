@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from translution.algorithms import Request
-from translution.backends.triton.launch import INTERPRETED, MAX_OFFSET
 from translution.backends.triton.roles import relative_term
+from translution.backends.triton.targets import INTERPRETED, MAX_OFFSET
 from translution.normal_form import NormalForm, Role
 from translution.spec import Lattice, Operator
 
@@ -15,7 +15,6 @@ NO_DEVICE = (
     "triton finds no GPU that torch can use: run on a machine with a CUDA or ROCm build of torch and its GPU, "
     "or set TRITON_INTERPRET=1 before Python starts to interpret the kernel on the CPU (slow)"
 )
-NO_BACKWARD = "triton backend has no backward yet; use torch"
 
 
 def unavailable() -> list[str]:
@@ -28,8 +27,6 @@ def unavailable() -> list[str]:
 def not_supported(request: Request, algorithm: str) -> list[str]:
     """Every reason; empty where the request runs."""
     reasons = [] if algorithm == "fused" else [f"triton has no algorithm {algorithm!r}"]
-    if request.gradient:
-        reasons.append(NO_BACKWARD)
     if request.return_weights:
         reasons.append("fused: a running softmax never holds the weights, so it can't return them")
     if not INTERPRETED and request.device != "cuda":

@@ -16,33 +16,7 @@ raster-causal layout (clause L4), else 0.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def columns_of(rows, present, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers ``cols`` [1, BLOCK] of the rows that ``rows`` [ROWS, 1] point at; 0 where no row or column is."""
-    if WIDTH % BLOCK == 0:
-        found = tl.load(rows + cols, mask=present, other=0.0)
-    else:
-        found = tl.load(rows + cols, mask=present & (cols < WIDTH), other=0.0)
-    return found
-
-
-@triton.jit
-def project(acc, rows, present, table, cols, across, down, stride: tl.constexpr, INNER: tl.constexpr,
-            WIDTH: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """``acc + tokens @ table[:, cols]`` over INNER channels; ``across`` [1, BK] and ``down`` [BK, 1] are the first."""
-    for c in range(0, INNER, BK):
-        x = columns_of(rows, present, c + across, INNER, BK)
-        if INNER % BK == 0 and WIDTH % BLOCK == 0:
-            w = tl.load(table + ((c + down) * stride + cols))
-        else:
-            inside = (c + down < INNER) & (cols < WIDTH)
-            w = tl.load(table + ((c + down) * stride + cols), mask=inside, other=0.0)
-        if UPCAST:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    return acc
+from translution.backends.triton.tiles import columns_of, first_of_tile, inner_products, project, taps_of_axis
 
 
 @triton.jit
@@ -84,19 +58,9 @@ def fused_forward_kernel(
     Without NORMALISE every weight is 1, the outputs are plain sums and the last two are not written.
     """
     ROWS: tl.constexpr = TZ * TY * TX * BB
-    pid = tl.program_id(0)
-    tiles_x = (grid_x + TX - 1) // TX
-    tiles_y = (grid_y + TY - 1) // TY
-    tiles_z = (grid_z + TZ - 1) // TZ
-    blocks = (batch + BB - 1) // BB
-    first_x = (pid % tiles_x) * TX
-    pid = pid // tiles_x
-    first_y = (pid % tiles_y) * TY
-    pid = pid // tiles_y
-    first_z = (pid % tiles_z) * TZ
-    pid = pid // tiles_z
-    first_b = (pid % blocks) * BB
-    pid = pid // blocks
+    first_z, first_y, first_x, first_b, pid = first_of_tile(
+        tl.program_id(0), batch, grid_z, grid_y, grid_x, TZ, TY, TX, BB
+    )
     chunk = pid % V_CHUNKS
     head = pid // V_CHUNKS
 
@@ -112,16 +76,9 @@ def fused_forward_kernel(
     inside_column = inside[:, None]
     negative_infinity = float("-inf")
 
-    # The taps that some row of the tile needs, per axis; no negative number is ever divided.
-    low_x = (tl.maximum(first_x * stride_x + shift_x - keys_x + 1, 0) + step_x - 1) // step_x
-    low_y = (tl.maximum(first_y * stride_y + shift_y - keys_y + 1, 0) + step_y - 1) // step_y
-    low_z = (tl.maximum(first_z * stride_z + shift_z - keys_z + 1, 0) + step_z - 1) // step_z
-    last_x = (tl.minimum(first_x + TX, grid_x) - 1) * stride_x + shift_x
-    last_y = (tl.minimum(first_y + TY, grid_y) - 1) * stride_y + shift_y
-    last_z = (tl.minimum(first_z + TZ, grid_z) - 1) * stride_z + shift_z
-    end_x = tl.minimum((tl.maximum(last_x, -step_x) + step_x) // step_x, taps_x)
-    end_y = tl.minimum((tl.maximum(last_y, -step_y) + step_y) // step_y, taps_y)
-    end_z = tl.minimum((tl.maximum(last_z, -step_z) + step_z) // step_z, taps_z)
+    low_z, end_z = taps_of_axis(first_z, grid_z, keys_z, taps_z, shift_z, step_z, stride_z, TZ)
+    low_y, end_y = taps_of_axis(first_y, grid_y, keys_y, taps_y, shift_y, step_y, stride_y, TY)
+    low_x, end_x = taps_of_axis(first_x, grid_x, keys_x, taps_x, shift_x, step_x, stride_x, TX)
 
     # The key coordinates at tap 0. A row outside the grid is before every key, and later taps are further away.
     origin_x = tl.where(inside, x * stride_x + shift_x, -1)
@@ -192,42 +149,14 @@ def fused_forward_kernel(
             live_column = live[:, None]
             key_column = key[:, None]
 
-            logits = tl.full([ROWS], 0.0, tl.float32)
-            if PLAIN > 0:
-                k_plain_rows = k_plain + key_column * (HEADS * PLAIN)
-                cols = plain_cols
-                for _ in range(0, PLAIN, BP):
-                    q = columns_of(q_plain, inside_column, cols, PLAIN, BP)
-                    k = columns_of(k_plain_rows, live_column, cols, PLAIN, BP)
-                    logits += tl.sum(q * k, axis=1)
-                    if BP < PLAIN:
-                        cols += BP
-            if WIDTH > 0:
-                cols = width_cols
-                for _ in range(0, WIDTH, BW):
-                    if HAS_Q_STATIC:
-                        q = columns_of(q_static, inside_column, cols, WIDTH, BW)
-                    else:
-                        q = tl.full([ROWS, BW], 0.0, tl.float32)
-                    if HAS_K_STATIC:
-                        k_static_rows = k_static + key_column * (HEADS * WIDTH)
-                        k = columns_of(k_static_rows, live_column, cols, WIDTH, BW)
-                    else:
-                        k = tl.full([ROWS, BW], 0.0, tl.float32)
-                    if Q_INNER > 0:
-                        table = q_table + row * (Q_INNER * Q_COLUMNS)
-                        q = project(q, q_tokens, inside_column, table, cols, across, down, Q_COLUMNS, Q_INNER, WIDTH,
-                                    BQ, BW, UPCAST)  # fmt: skip
-                    if K_INNER > 0:
-                        k_rows = k_tokens + (k_items + key_column * K_INNER)
-                        table = k_table + (first_key_row - tap_x) * (K_INNER * K_COLUMNS)
-                        k = project(k, k_rows, live_column, table, cols, across, down, K_COLUMNS, K_INNER, WIDTH,
-                                    BQ, BW, UPCAST)  # fmt: skip
-                    logits += tl.sum(q * k, axis=1)
-                    if BW < WIDTH:
-                        cols += BW
-
             if NORMALISE:
+                logits = inner_products(
+                    q_static, q_tokens, q_table + row * (Q_INNER * Q_COLUMNS), q_plain,
+                    k_static + key_column * (HEADS * WIDTH), k_tokens + (k_items + key_column * K_INNER),
+                    k_table + (first_key_row - tap_x) * (K_INNER * K_COLUMNS), k_plain + key_column * (HEADS * PLAIN),
+                    inside_column, live_column, plain_cols, width_cols, across, down, ROWS, HAS_Q_STATIC, HAS_K_STATIC,
+                    Q_COLUMNS, K_COLUMNS, Q_INNER, K_INNER, PLAIN, WIDTH, BQ, BP, BW, UPCAST,
+                )  # fmt: skip
                 logits = logits * scale
                 if MASK == 2:
                     logits += seen

@@ -62,25 +62,32 @@ class Dense:
         """Pairs that share a row of the tables; one query or one key, since a masked value is dropped per query."""
         values = self.value.at(row, keys)
         batch, count, heads, _ = values.shape
-        rows = queries.stop - queries.start
-        logits = values.new_zeros((batch, heads, rows, count))
+        shape = batch, heads, queries.stop - queries.start, count
+        live = torch.ones(shape, dtype=torch.bool, device=values.device)
+        part = None if self.mask is None else mask_part(self.mask, queries, keys).expand(shape)
+        if part is not None:
+            live = part != -torch.inf if part.is_floating_point() else part
+
+        # [B, H, q, k, D] is no larger than queries or keys themselves, because one side is a single token. What a pair
+        # must not see is 0 before anything meets it, in a backward pass too (clause M4).
+        def paired(features: Tensor, axis: int) -> Tensor:
+            return torch.where(live[..., None], features.transpose(1, 2).unsqueeze(axis), 0.0)
+
+        logits = values.new_zeros(shape)
         if self.branch.content and self.query is not None and self.key is not None:
-            q, k = self.query.at(row, queries), self.key.at(row, keys)
-            logits = logits + self.branch.scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+            q, k = paired(self.query.at(row, queries), 3), paired(self.key.at(row, keys), 2)
+            logits = logits + self.branch.scale * (q * k).sum(-1)
         if self.bias is not None:
             logits = logits + self.bias[:, row, None, None]
-        live = torch.ones_like(logits, dtype=torch.bool)
-        if self.mask is not None:
-            part = mask_part(self.mask, queries, keys).expand(logits.shape)
-            live = part != -torch.inf if part.is_floating_point() else part
-            logits = logits + part if part.is_floating_point() else logits
+        if part is not None and part.is_floating_point():
+            logits = logits + part
         logits = torch.where(live, logits, -torch.inf)
-        highest = logits.amax(-1, keepdim=True)
+        # A constant, as the kernel's own: a change of it changes no weight.
+        highest = logits.detach().amax(-1, keepdim=True)
         origin = torch.where(highest == -torch.inf, 0.0, highest)
         ones = self.branch.kind == "ones"
         weights = live.to(logits.dtype) if ones else torch.where(live, (logits - origin).exp(), 0.0)
-        # [B, H, q, k, D] is no larger than queries or keys themselves, because one side is a single token.
-        shares = torch.where(live[..., None], weights[..., None] * values.transpose(1, 2)[:, :, None], 0.0)
+        shares = weights[..., None] * paired(values, 2)
         total = weights.sum(-1)
         divisor = torch.ones_like(total) if ones else torch.where(total == 0, 1.0, total)
         out = shares.sum(-2) / divisor[..., None]

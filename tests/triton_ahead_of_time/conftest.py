@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    from translution.backends.triton.launch import INTERPRETED
+    from translution.backends.triton.targets import INTERPRETED
 
     if INTERPRETED:
         pytest.skip("run pytest tests/triton_ahead_of_time without TRITON_INTERPRET")

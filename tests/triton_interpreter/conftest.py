@@ -8,7 +8,7 @@ from translution.spec import Operator
 
 @pytest.fixture(autouse=True)
 def interpreted() -> None:
-    from translution.backends.triton.launch import INTERPRETED
+    from translution.backends.triton.targets import INTERPRETED
 
     if not INTERPRETED:
         pytest.skip("run TRITON_INTERPRET=1 pytest tests/triton_interpreter")

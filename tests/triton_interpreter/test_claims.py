@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 import translution
 from translution import NotSupported
+from translution.algorithms import Request
+from translution.registry import get_backend
 from translution.spec import (
     Clip,
     Concat,
@@ -74,21 +75,9 @@ def test_float64_is_not_claimed(draw):
         )
 
 
-@pytest.mark.parametrize("held", ["x", "parameter"])
-def test_gradient_is_refused(held, draw):
-    params, x, _ = draw(operator())
-    own = {n: torch.from_numpy(a).requires_grad_(held == "parameter") for n, a in params.items()}
-    tokens = torch.from_numpy(x).requires_grad_(held == "x")
-    with pytest.raises(NotSupported, match="no backward yet; use torch"):
-        translution.run(operator(), own, tokens, backend="triton")
-    with torch.no_grad():
-        assert translution.run(operator(), own, tokens, backend="triton").shape == (2, 3, 4)
-
-
-def test_vjp_is_refused(draw):
-    params, x, _ = draw(operator())
-    with pytest.raises(NotSupported, match="no backward yet; use torch"):
-        translution.vjp(operator(), params, x, cotangent=x, backend="triton")
+def test_gradients_of_the_first_order_are_claimed():
+    assert get_backend("triton").claims.gradient_order == 1
+    assert get_backend("triton").not_supported(Request(operator(), gradient=True), "fused") == []
 
 
 def test_there_is_no_other_algorithm(draw):

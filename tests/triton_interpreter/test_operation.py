@@ -33,10 +33,44 @@ def calls(draw, monkeypatch):
     return calls
 
 
+def leaves(args):
+    """The same arguments, the tensors that have a gradient as leaves."""
+    return [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
 @pytest.mark.parametrize("operator", OPERATORS, ids=["full", "alpha", "mean"])
-def test_opcheck(operator, calls):
+def test_opcheck_forward(operator, calls):
+    """Schema, fake tensors, autograd registration and a traced forward and backward."""
     for args in calls(operator):
-        torch.library.opcheck(torch.ops.translution.fused_forward.default, args)
+        torch.library.opcheck(torch.ops.translution.fused_forward.default, leaves(args))
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=["full", "alpha", "mean"])
+def test_opcheck_backward(operator, calls):
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # it has no backward to trace
+    for args in calls(operator):
+        results = torch.ops.translution.fused_forward(*args)
+        given = *map(torch.ones_like, results[:2]), *results[2:], torch.ones_like(results[3])
+        needed = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args[:13]]
+        torch.library.opcheck(torch.ops.translution.fused_backward.default, (*args, *given, needed), test_utils=tests)
+
+
+def test_compiled_in_one_graph(calls):
+    """torch.compile of values and gradients, without a break."""
+    (args,) = calls(OPERATORS[0])
+
+    def loss(*tensors):
+        left = iter(tensors)
+        own = (next(left) if isinstance(a, torch.Tensor) else a for a in args)
+        static, relative, highest, total = torch.ops.translution.fused_forward(*own)
+        return static.square().sum() + relative.square().sum() + (total.log() + highest).sum()
+
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    given = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    wanted = [t for t in given if t.requires_grad]
+    expected = torch.autograd.grad(loss(*given), wanted)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*given), wanted)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_traced_call_equals_a_plain_one(calls):

@@ -1,4 +1,4 @@
-"""The interpreted kernel against the exact result, within its running error bound."""
+"""The interpreted kernels, forward and backward, against exact results, within their running error bounds."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 import translution
 from translution.algorithms import Request
-from translution.conformance.comparison import check
+from translution.conformance.comparison import as_numpy, check
 from translution.conformance.error_model import budget
 from translution.conformance.exam.question import Question
 from translution.conformance.strategies import random_case
@@ -114,13 +114,40 @@ CASES |= {
 }  # fmt: skip
 
 
+def shares(name, operator, params, x, y=None, mask=None, *, cotangent, dtype="float32"):
+    """How much of its bound the result and every gradient use; ComparisonError beyond."""
+
+    def native(a):
+        return a if a is None or dtype == "float32" else torch.from_numpy(a).to(getattr(torch, dtype))
+
+    def wide(a):
+        return None if a is None else as_numpy(native(a)).astype(np.float64)
+
+    out, found = translution.vjp(
+        operator, {n: native(a) for n, a in params.items()}, native(x), native(y), mask=mask,
+        cotangent=native(cotangent), backend="triton",
+    )  # fmt: skip
+    exact = budget(operator, {n: wide(a) for n, a in params.items()}, wide(x), wide(y), mask, wide(cotangent), dtype)
+    used = [check(name, out, exact.value, exact.out, dtype=dtype)]
+    gradients = {**found.params, "x": found.x} | ({} if y is None else {"y": found.y})
+    assert gradients.keys() == {*operator.parameters, "x"} | ({"y"} if y is not None else set())
+    for of, gradient in gradients.items():
+        label = f"{name}, gradient of {of}"
+        used.append(check(label, gradient, exact.gradient_values[of], exact.gradients[of], dtype=dtype))
+    return used
+
+
+def pull(operator, batch, seed=1):
+    shape = (batch, operator.layout.num_queries, operator.out_features)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_result_is_within_its_bound(name, draw, record_property):
-    operator = CASES[name]
-    params, x, y = draw(operator, batch=3 if len(name) % 2 else 1)
-    found = translution.run(operator, params, x, y, backend="triton")
-    exact = budget(operator, params, x, y)
-    record_property("share", f"{check(name, found, exact.value, exact.out, dtype='float32'):.3f}")
+def test_result_and_gradients_are_within_their_bounds(name, draw, record_property):
+    operator, batch = CASES[name], 3 if len(name) % 2 else 1
+    params, x, y = draw(operator, batch=batch)
+    used = shares(name, operator, params, x, y, cotangent=pull(operator, batch))
+    record_property("share", f"{used[0]:.3f}, gradients {max(used[1:]):.3f}")
 
 
 def claimed(case: Question) -> bool:
@@ -130,7 +157,7 @@ def claimed(case: Question) -> bool:
 
 @pytest.mark.parametrize("block", range(4))
 def test_random_operators_are_within_their_bounds(block):
-    cases = [case for case in map(random_case, range(60 * block, 60 * (block + 1))) if claimed(case)]
+    cases = [case for case in map(random_case, range(30 * block, 30 * (block + 1))) if claimed(case)]
     for case in cases:
         single = lambda a: a if a is None or a.dtype == np.bool_ else a.astype(np.float32)  # noqa: E731
         params, x, y, mask = (
@@ -139,22 +166,17 @@ def test_random_operators_are_within_their_bounds(block):
             single(case.y),
             single(case.mask),
         )
-        found = translution.run(case.operator, params, x, y, mask=mask, backend="triton")
-        exact = budget(case.operator, params, x, y, mask)
-        check(case.label, found, exact.value, exact.out, dtype="float32")
-    assert len(cases) >= 5
+        cotangent = np.random.default_rng(0).standard_normal(case.out_shape).astype(np.float32)
+        shares(case.label, case.operator, params, x, y, mask, cotangent=cotangent)
+    assert len(cases) >= 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["translution-qkv", "alpha-qkv", "attention", "convolution", "registers-2-full-1d"])
-def test_half_precision_is_within_its_bound(name, dtype, draw):
+def test_half_precision_is_within_its_bounds(name, dtype, draw):
     operator = CASES[name]
     params, x, y = draw(operator)
-    half = lambda a: None if a is None else torch.from_numpy(a).to(getattr(torch, dtype))  # noqa: E731
-    wide = lambda a: None if a is None else half(a).double().numpy()  # noqa: E731
-    found = translution.run(operator, {n: half(a) for n, a in params.items()}, half(x), half(y), backend="triton")
-    exact = budget(operator, {n: wide(a) for n, a in params.items()}, wide(x), wide(y), dtype=dtype)
-    check(name, found, exact.value, exact.out, dtype=dtype)
+    shares(name, operator, params, x, y, cotangent=pull(operator, 2), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["convolution-window", "convolution-wide", "ones-registers"])
