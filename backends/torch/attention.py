@@ -171,15 +171,15 @@ def _attend(attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor
     batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
     outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
     total, highest = like.new_zeros((queries, batch, heads)), None
-    for items_ in attention.parts(batch):
-        part = _Part(attention, bias, tensors, items_)
-        own, own_total = [out[:, items_] for out in outs], total[:, items_]
+    for own_items in attention.parts(batch):
+        part = _Part(attention, bias, tensors, own_items)
+        own, own_total = [out[:, own_items] for out in outs], total[:, own_items]
         if not part.sums(own, own_total, None):
             highest = torch.zeros_like(total) if highest is None else highest
-            part.highest(highest[:, items_])
+            part.highest(highest[:, own_items])
             for sums in (own_total, *own):
                 sums.zero_()
-            part.sums(own, own_total, highest[:, items_])
+            part.sums(own, own_total, highest[:, own_items])
     total.masked_fill_(total == 0, 1.0)
     for out in outs:
         torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1))
