@@ -90,7 +90,6 @@ CASES |= {
     "offset": window((3,), 2, Mean(), key_grid=(5,), offset=2),
     "no-key-in-reach": window((4,), 3, Mean(), key_grid=(2,), kernel_size=(2,), offset=1),
     "nothing-in-reach": window((2,), 3, Mean(), kernel_size=(2,), offset=40),
-    "nothing-in-reach-of-one-row": window((1, 2), 3, Ones(), kernel_size=(1, 2), offset=(40, 0)),
     "position-only": window((3,), 2, Softmax(content=False, bias=BiasTable()), registers=1),
     "value-sum": Operator(
         Lattice((2, 2)), 5, 2, Sum((Shared(6, bias=True), PerDisplacement(6))), Shared(4), PerDisplacement(4)
