@@ -1,7 +1,7 @@
-"""``python -m translution.conformance.device_check``: the kernel on this machine's GPU against the exact results.
+"""``python -m translution.conformance.device_check``: the kernels on this machine's GPU against the exact results.
 
-Everything else about the kernel is tested without a GPU; this proves the rest. Exit code 0 where every case is within
-its running error bound, 1 where one is not, 2 where there is no GPU.
+Everything else about the kernels is tested without a GPU; this proves the rest. Exit code 0 where every result and
+every gradient is within its running error bound and comes out the same twice, 1 where one is not, 2 without a GPU.
 """
 
 import argparse
@@ -51,20 +51,23 @@ def operators() -> dict[str, Operator]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One case: its worst error and the same as a share of the bound; ``trouble`` where it did not run to the end."""
+    """One case: its worst error and the same as a share of the bound, the gradients' share, and ``trouble`` where it
+    did not run to the end or a second call gave other bits.
+    """
 
     name: str
     dtype: str
     batch: int
     error: float
     share: float
+    gradients: float
     seconds: float
     trouble: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether every element is within its bound."""
-        return not self.trouble and self.share <= 1
+        return not self.trouble and max(self.share, self.gradients) <= 1
 
 
 def drawn(
@@ -91,23 +94,36 @@ def measured(name: str, operator: Operator, dtype: str, batch: int, seed: int, d
         wide: Array = rounded(value).double().numpy()
         return wide
 
+    cotangent = np.random.default_rng(seed).standard_normal((batch, operator.layout.num_queries, operator.out_features))
     own: Mapping[str, torch.Tensor] = {key: rounded(value).to(device) for key, value in params.items()}
+    given: dict[str, Any] = {
+        "y": None if y is None else rounded(y).to(device),
+        "mask": None if mask is None else torch.from_numpy(mask).to(device),
+    }
+
+    def answers() -> dict[str, Array]:
+        out = translution.run(operator, own, rounded(x).to(device), **given, backend="triton")
+        _, found = translution.vjp(
+            operator, own, rounded(x).to(device), **given, cotangent=rounded(cotangent).to(device), backend="triton"
+        )
+        every = {"out": out, **found.params, "x": found.x} | ({} if found.y is None else {"y": found.y})
+        return {key: value.double().cpu().numpy() for key, value in every.items()}
+
     start = time.perf_counter()
-    out = translution.run(
-        operator,
-        own,
-        rounded(x).to(device),
-        None if y is None else rounded(y).to(device),
-        mask=None if mask is None else torch.from_numpy(mask).to(device),
-        backend="triton",
-    )
-    result = out.double().cpu().numpy()
+    results = answers()
     seconds = time.perf_counter() - start
+    changed = [key for key, value in answers().items() if not np.array_equal(value, results[key], equal_nan=True)]
     wide = {key: exact(value) for key, value in params.items()}
-    bounded = budget(operator, wide, exact(x), None if y is None else exact(y), mask, dtype=dtype)
-    expected = bounded.value
-    used = share(name, result, expected, bounded.out)
-    return Found(name, dtype, batch, worst_error(name, result, expected), used, seconds)
+    bounded = budget(operator, wide, exact(x), None if y is None else exact(y), mask, exact(cotangent), dtype=dtype)
+    result = results.pop("out")
+    used = share(name, result, bounded.value, bounded.out)
+    worst = max(
+        share(f"{name}, gradient of {of}", value, bounded.gradient_values[of], bounded.gradients[of])
+        for of, value in results.items()
+    )
+    trouble = f"a second call gave other bits: {', '.join(changed)}" if changed else ""
+    error = worst_error(name, result, bounded.value)
+    return Found(name, dtype, batch, error, used, worst, seconds, trouble)
 
 
 def every_case(chosen: Sequence[str], batches: Sequence[int], device: str) -> Iterator[Found]:
@@ -118,7 +134,9 @@ def every_case(chosen: Sequence[str], batches: Sequence[int], device: str) -> It
                 try:
                     yield measured(name, operator, dtype, batch, number + batch, device)
                 except Exception:  # noqa: BLE001 - a kernel that does not compile or run must not hide the other cases
-                    yield Found(name, dtype, batch, float("nan"), float("inf"), 0.0, traceback.format_exc())
+                    yield Found(
+                        name, dtype, batch, float("nan"), float("inf"), float("inf"), 0.0, traceback.format_exc()
+                    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,12 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         console.print("\n".join(missing))
         return 2
-    columns = ("case", "dtype", "batch", "worst error", "share of bound", "first call", "")
+    columns = ("case", "dtype", "batch", "worst error", "share of bound", "of gradients", "first call", "")
     table = Table(*columns, title=f"triton on {given.device}")
     failures = []
     for found in every_case(given.dtype or DTYPES, given.batch or (1, 5), given.device):
         shown = "passed" if found.passed else "FAILED"
-        numbers = (f"{found.error:.2e}", f"{found.share:.3f}", f"{found.seconds:.2f} s")
+        numbers = (f"{found.error:.2e}", f"{found.share:.3f}", f"{found.gradients:.3f}", f"{found.seconds:.2f} s")
         table.add_row(found.name, found.dtype, str(found.batch), *numbers, shown)
         failures += [] if found.passed else [found]
     console.print(table)

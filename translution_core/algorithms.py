@@ -175,8 +175,12 @@ def cost(request: Request, algorithm: str) -> Cost:
     parameters = operator.num_parameters
     if request.gradient:
         # Two products for every one of the forward pass, which stream computes again; gradients of all that is above.
-        flops *= 4 if algorithm == "stream" else 3
+        # fused computes features of a pair wherever it needs them: 13 products for 3. Between its kernels it keeps
+        # weights and their gradients, and those of one side's tokens for every head.
+        flops = flops * 16 // 3 if algorithm == "fused" else flops * (4 if algorithm == "stream" else 3)
         working *= 2
+        if algorithm == "fused":
+            working += logits + heads * max(queries * operator.dim, keys * operator.keys_dim)
     return Cost(
         flops=batch * flops,
         working_bytes=batch * working * item + 16 * links + (parameters * item if request.gradient else 0),

@@ -457,17 +457,25 @@ def taps_of_class(number, taps_y, taps_x):
 
 @triton.jit
 def pair_at(number, batch, low_z, low_y, low_x, count_y, count_x, tap_z, tap_y, tap_x, grid_y, grid_x, keys_y, keys_x,
-            shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x):  # fmt: skip
-    """Batch item, query and key of a displacement's pairs by their number, batch fastest."""
+            shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x,
+            AXES: tl.constexpr):  # fmt: skip
+    """Batch item, query and key of a displacement's pairs by their number, batch fastest; the first axes but AXES have
+    one site.
+    """
     item = number % batch
     site = number // batch
-    x = low_x + site % count_x
-    y = low_y + (site // count_x) % count_y
-    z = low_z + site // (count_x * count_y)
-    key_x = x * stride_x + shift_x - tap_x * step_x
-    key_y = y * stride_y + shift_y - tap_y * step_y
-    key_z = z * stride_z + shift_z - tap_z * step_z
-    return item, (z * grid_y + y) * grid_x + x, (key_z * keys_y + key_y) * keys_x + key_x
+    query = low_x + (site % count_x if AXES > 1 else site)
+    key = query * stride_x + (shift_x - tap_x * step_x)
+    if AXES > 1:
+        site = site // count_x
+        y = low_y + (site % count_y if AXES > 2 else site)
+        query += y * grid_x
+        key += (y * stride_y + (shift_y - tap_y * step_y)) * keys_x
+    if AXES > 2:
+        z = low_z + site // count_y
+        query += z * grid_y * grid_x
+        key += (z * stride_z + (shift_z - tap_z * step_z)) * keys_y * keys_x
+    return item, query, key
 
 
 @triton.jit
@@ -497,6 +505,7 @@ def tables_kernel(
     OWN_INNER: tl.constexpr, OWN_COLUMNS: tl.constexpr, OWN_HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS_HELD: tl.constexpr,  # heads whose matrix is the same one, and added up
+    AXES: tl.constexpr,  # of the lattice
     TURNED: tl.constexpr,  # whether the result is computed transposed
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -511,8 +520,11 @@ def tables_kernel(
     first_head = pid % (HEADS // HEADS_HELD) * HEADS_HELD
     number = pid // (HEADS // HEADS_HELD) + base
     tap_z, tap_y, tap_x = taps_of_class(number, taps_y, taps_x)
-    low_z, count_z = queries_of_axis(tap_z, grid_z, keys_z, shift_z, step_z, stride_z)
-    low_y, count_y = queries_of_axis(tap_y, grid_y, keys_y, shift_y, step_y, stride_y)
+    low_z, count_z, low_y, count_y = 0, 1, 0, 1
+    if AXES > 2:
+        low_z, count_z = queries_of_axis(tap_z, grid_z, keys_z, shift_z, step_z, stride_z)
+    if AXES > 1:
+        low_y, count_y = queries_of_axis(tap_y, grid_y, keys_y, shift_y, step_y, stride_y)
     low_x, count_x = queries_of_axis(tap_x, grid_x, keys_x, shift_x, step_x, stride_x)
     count = count_z * count_y * count_x * batch
     row = (number - base).to(tl.int64)
@@ -534,7 +546,7 @@ def tables_kernel(
             numbers = start + tl.arange(0, ROWS)
             item, query, key = pair_at(
                 numbers, batch, low_z, low_y, low_x, count_y, count_x, tap_z, tap_y, tap_x, grid_y, grid_x, keys_y,
-                keys_x, shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x,
+                keys_x, shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x, AXES,
             )  # fmt: skip
             live = numbers < count
             item = item.to(tl.int64)
@@ -590,6 +602,7 @@ def bias_kernel(
     stride_z, stride_y, stride_x,
     HEADS: tl.constexpr,
     SLOT_IS_KEY: tl.constexpr,
+    AXES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """out[head, c] = the sum of dl over the pairs of class c."""
@@ -597,8 +610,11 @@ def bias_kernel(
     head = pid % HEADS
     number = pid // HEADS + base
     tap_z, tap_y, tap_x = taps_of_class(number, taps_y, taps_x)
-    low_z, count_z = queries_of_axis(tap_z, grid_z, keys_z, shift_z, step_z, stride_z)
-    low_y, count_y = queries_of_axis(tap_y, grid_y, keys_y, shift_y, step_y, stride_y)
+    low_z, count_z, low_y, count_y = 0, 1, 0, 1
+    if AXES > 2:
+        low_z, count_z = queries_of_axis(tap_z, grid_z, keys_z, shift_z, step_z, stride_z)
+    if AXES > 1:
+        low_y, count_y = queries_of_axis(tap_y, grid_y, keys_y, shift_y, step_y, stride_y)
     low_x, count_x = queries_of_axis(tap_x, grid_x, keys_x, shift_x, step_x, stride_x)
     count = count_z * count_y * count_x * batch
     first_query = head.to(tl.int64) * (grid_z * grid_y * grid_x)
@@ -607,7 +623,7 @@ def bias_kernel(
         numbers = start + tl.arange(0, ROWS)
         item, query, key = pair_at(
             numbers, batch, low_z, low_y, low_x, count_y, count_x, tap_z, tap_y, tap_x, grid_y, grid_x, keys_y, keys_x,
-            shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x,
+            shift_z, shift_y, shift_x, step_z, step_y, step_x, stride_z, stride_y, stride_x, AXES,
         )  # fmt: skip
         slot = key if SLOT_IS_KEY else number - base
         acc += tl.load(

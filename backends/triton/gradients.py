@@ -228,7 +228,7 @@ class Launcher:
                 *box.axes(),
                 scores.scale,
                 **self._constants(side, scores, partner, own),
-                HEADS_HELD=heads, TURNED=chosen.turned,
+                HEADS_HELD=heads, AXES=box.num_axes, TURNED=chosen.turned,
                 ROWS=chosen.rows,
                 BK=block(chosen.channels, partner.sizes[0]), BW=across, BC=held_columns,
                 CHUNKS=chunks, WIDTH_CHUNKS=width_chunks,
@@ -247,7 +247,8 @@ class Launcher:
             kernel[(box.num_classes * o.num_heads,)](
                 scores.numbers, out, o.batch, box.base, scores.slots, bias.shape[1],
                 *box.grid, *box.keys, *box.taps[1:], *box.shift, *box.step, *box.stride,
-                HEADS=o.num_heads, SLOT_IS_KEY=scores.by_key, ROWS=min(1024, pairs),
+                HEADS=o.num_heads, SLOT_IS_KEY=scores.by_key, AXES=box.num_axes,
+                ROWS=min(1024, pairs),
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         return out

@@ -52,6 +52,15 @@ class Box:
         return math.prod(self.keys)
 
     @property
+    def num_axes(self) -> int:
+        """Axes from the first on where a query may miss its key, or there are several."""
+
+        def trivial(axis: int) -> bool:
+            return (self.grid[axis], self.keys[axis], self.taps[axis], self.shift[axis]) == (1, 1, 1, 0)
+
+        return next((3 - axis for axis in range(2) if not trivial(axis)), 1)
+
+    @property
     def num_classes(self) -> int:
         """Rows of a table that are displacements."""
         return max(math.prod(self.taps) - self.base, 0)

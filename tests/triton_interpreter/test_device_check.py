@@ -27,6 +27,31 @@ def test_a_wrong_number_fails(monkeypatch):
     assert check.main(SMALL) == 1
 
 
+def test_a_wrong_gradient_fails(monkeypatch):
+    plain = check.translution.vjp
+
+    def wrong(*args, **options):
+        out, found = plain(*args, **options)
+        return out, type(found)({**found.params, "key.table": found.params["key.table"] * 1.01}, found.x, found.y)
+
+    monkeypatch.setattr(check.translution, "vjp", wrong)
+    assert check.main(SMALL) == 1
+
+
+def test_a_gradient_that_changes_fails_and_says_which(monkeypatch, capsys):
+    plain, calls = check.translution.vjp, []
+
+    def changing(*args, **options):
+        calls.append(args)
+        out, found = plain(*args, **options)
+        found.x[0, 0] *= 1 + 1e-7 * len(calls)
+        return out, found
+
+    monkeypatch.setattr(check.translution, "vjp", changing)
+    assert check.main(SMALL) == 1
+    assert "a second call gave other bits: x" in capsys.readouterr().out
+
+
 def test_a_kernel_that_does_not_run_fails_and_says_why(monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("no such instruction")

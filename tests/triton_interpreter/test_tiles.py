@@ -36,6 +36,14 @@ CASES = {
         PerDisplacement(3),
         Softmax(bias=BiasTable()),
     ),
+    # One row of queries, one of keys and one displacement between them, at which they do not meet.
+    "nothing in reach": Operator(
+        Lattice((1, 2), kernel_size=(1, 2), offset=(40, 0)),
+        5,
+        1,
+        PerDisplacement(4),
+        relevance=Softmax(content=False, bias=BiasTable()),
+    ),
     "alpha": p.alpha_translution((2, 3), 6, 2, rank=3, registers=1),
     "ones": Operator(Lattice((3, 2), kernel_size=(3, 2)), 5, 1, PerDisplacement(35), relevance=Ones()),
     "mean": Operator(Lattice((5,), kernel_size=2, dilation=2), 5, 1, PerDisplacement(4), relevance=Mean()),
