@@ -16,6 +16,12 @@ FULL = presets.translution((3, 3), 8, 2, registers=1)
 ALPHA = presets.alpha_translution((3, 3), 8, 2, rank=2)
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """Dynamo gives up on a function that it has compiled for eight operators."""
+    torch._dynamo.reset()
+
+
 def parameters(operator, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     return {
