@@ -6,6 +6,7 @@ result once more; a derivative of that is refused by torch. Imported where a gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -160,8 +161,4 @@ node.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.translution.run)
 def _flops(spec: str, *shapes: Any, out_shape: Any = None, **_: Any) -> int:  # noqa: ARG001 - torch's signature
-    operator = _operator(spec)
-    batch = 1
-    for extent in out_shape[:-2]:
-        batch *= extent
-    return cost(Request(operator, batch), "stream").flops
+    return cost(Request(_operator(spec), math.prod(out_shape[:-2])), "stream").flops

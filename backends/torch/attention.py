@@ -13,7 +13,7 @@ The batch is gone through in parts, so that the workspaces don't grow with it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,32 +81,6 @@ class _Attention:
         return torch.cat([pairwise.aggregate(weights, value, call.links, call.mask) for value in values], -1)
 
 
-class _Found(NamedTuple):
-    """o_i of every value role [Nq, B, H * width], s_i and m_i [Nq, B, H]; ``highest`` is None where every m_i is 0."""
-
-    outs: list[Tensor]
-    total: Tensor
-    highest: Tensor | None
-
-
-def _weighted(value: RoleSteps, visit: Visit, weights: Tensor, sums: Tensor) -> None:
-    """Add p_ij v_ij to the sums of a visit."""
-    features = value.encode(visit)
-    by_head = sums.view(*weights.shape, features.shape[-1])
-    own = _seen(value, visit, features, weights)
-    if own is None:
-        by_head.addcmul_(features, weights.unsqueeze(-1))
-    else:
-        by_head.add_(own * weights.unsqueeze(-1))
-
-
-def _seen(value: RoleSteps, visit: Visit, features: Tensor, weights: Tensor) -> Tensor | None:
-    """Values by head, where NaN that one head sees is absent to another that shares them (clause M4); else None."""
-    if value.live is None or features.shape[3] == weights.shape[3]:
-        return None
-    return torch.where(value.in_order(value.live, visit).unsqueeze(-1), features, 0.0)
-
-
 class _Part:
     """A part of the batch, gone through once or twice."""
 
@@ -132,7 +106,7 @@ class _Part:
             weights.exp_()
             totals.rows(visit.query).view(weights.shape).add_(weights)
             for value, adder in zip(self._values, adders, strict=True):
-                _weighted(value, visit, weights, adder.rows(visit.query))
+                value.add_weighted(visit, weights, adder.rows(visit.query))
         for adder in (totals, *adders):
             adder.close()
         return highest is not None or self._is_safe(outs, total)
@@ -166,7 +140,10 @@ def _beyond(value: Tensor, low: float, high: float) -> bool:
     return not found.is_meta and bool(found)
 
 
-def _attend(attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor]) -> _Found:
+def _attend(
+    attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o_i of all value roles side by side [Nq, B, H, widths], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
     call, like = attention.call, tensors[0]
     batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
     outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
@@ -181,29 +158,21 @@ def _attend(attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor
                 sums.zero_()
             part.sums(own, own_total, highest[:, own_items])
     total.masked_fill_(total == 0, 1.0)
-    for out in outs:
-        torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1))
-    return _Found(outs, total, highest)
-
-
-def _joined(outs: Sequence[Tensor], heads: int) -> Tensor:
-    by_head = [torch.unflatten(out, -1, (heads, -1)) for out in outs]
-    return by_head[0] if len(by_head) == 1 else torch.cat(by_head, -1)
+    by_head = [torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1)) for out in outs]
+    return by_head[0] if len(by_head) == 1 else torch.cat(by_head, -1), total, highest
 
 
 class _Softmax(Operation):
     @staticmethod
     def forward(ctx: Any, attention: _Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        found = _attend(attention, bias, tensors)
-        out = _joined(found.outs, found.total.shape[-1])
+        out, total, highest = _attend(attention, bias, tensors)
         ctx.attention = attention
-        ctx.save_for_backward(out, found.total, found.highest, bias, *tensors)
+        ctx.save_for_backward(out, total, highest, bias, *tensors)
         return out
 
     @staticmethod
     def compute(attention: _Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        found = _attend(attention, bias, tensors)
-        return _joined(found.outs, found.total.shape[-1])
+        return _attend(attention, bias, tensors)[0]
 
     @staticmethod
     @without_autocast
@@ -280,8 +249,7 @@ class _Pull:
             d_weights.add_(torch.mul(features, g, out=room).sum(-1))
             own = torch.mul(g, weights.unsqueeze(-1), out=room)
         else:
-            seen = _seen(value, visit, features, weights)
-            d_weights.add_(((features if seen is None else seen) * g).sum(-1))
+            d_weights.add_((value.seen(visit, features, g.shape[3]) * g).sum(-1))
             own = (g * weights.unsqueeze(-1)).sum(3, keepdim=True)
         if value.wanted:
             value.push(visit, own)

@@ -16,7 +16,7 @@ class _Lane:
     """The bands that are open: their rows in the tokens themselves, or in a copy."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.shape, (_, self._batch, self._features) = tokens.shape, tokens.shape
+        _, self._batch, self._features = tokens.shape
         self._tokens = tokens.flatten(1)
         self._rows = self._buffer = tokens.new_empty((0, self._features))
         self._bands: tuple[Band, ...] = ()
@@ -205,7 +205,6 @@ class RoleSteps:
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
         self._outs = {} if self._is_base else self.workspace()
-        self.live = None if mask is None else mask.live
         self._dead = None
         if mask is not None:
             self._dead = ~(mask.rows.unsqueeze(-1) if encoded.heads == 1 else mask.live).unsqueeze(-1)
@@ -217,8 +216,7 @@ class RoleSteps:
         shapes = [(*shape, self.batch, role.heads, role.head_dim) for shape in self._links.shapes]
         return {shape[:2]: room[: math.prod(shape)].view(shape) for shape in shapes}
 
-    def place(self, visit: Visit) -> Place:
-        """Where the role's tokens are."""
+    def _place(self, visit: Visit) -> Place:
         if self.encoded.side == "query":
             return visit.query
         return visit.key if self.encoded.name == "key" else visit.value
@@ -240,7 +238,7 @@ class RoleSteps:
 
         Not to be written; it holds until the next call. The role ``key`` has the last displacement first.
         """
-        role, place = self.encoded, self.place(visit)
+        role, place = self.encoded, self._place(visit)
         if self._base is not None and self._is_base:
             return self._base.rows(place).view(*visit.shape, self.batch, role.heads, role.head_dim)
         out = self._outs[visit.shape]
@@ -265,9 +263,25 @@ class RoleSteps:
         """Add the result of a visit to ``total`` [displacements, P * B, features]."""
         matrix = self._matrix(0, visit) if self._is_product and self._dead is None else None
         if matrix is not None and matrix.dim() == 3 and total.is_contiguous():
-            total.baddbmm_(self._z[0].rows(self.place(visit)), matrix)
+            total.baddbmm_(self._z[0].rows(self._place(visit)), matrix)
         else:
             total.add_(self.encode(visit).view(total.shape))
+
+    def add_weighted(self, visit: Visit, weights: Tensor, total: Tensor) -> None:
+        """Add the result times ``weights`` [displacements, P, B, H] to ``total`` [displacements, P * B, features]."""
+        features = self.encode(visit)
+        by_head = total.view(*weights.shape, self.encoded.head_dim)
+        seen = self.seen(visit, features, weights.shape[3])
+        if seen is features:
+            by_head.addcmul_(features, weights.unsqueeze(-1))
+        else:
+            by_head.add_(seen * weights.unsqueeze(-1))
+
+    def seen(self, visit: Visit, features: Tensor, heads: int) -> Tensor:
+        """What :meth:`encode` gave, by head where NaN that one head sees is absent to another that shares it (M4)."""
+        if self._mask is None or self.encoded.heads == heads:
+            return features
+        return torch.where(self.in_order(self._mask.live, visit).unsqueeze(-1), features, 0.0)
 
     def _turn(self, features: Tensor, visit: Visit, direction: int) -> None:
         for turn in self.encoded.turns:
@@ -278,7 +292,7 @@ class RoleSteps:
 
     def push(self, visit: Visit, gradient: Tensor) -> None:
         """Take in the gradient [displacements, P, B, heads, head_dim] of what :meth:`encode` gave."""
-        role, place = self.encoded, self.place(visit)
+        role, place = self.encoded, self._place(visit)
         if role.turns:
             gradient = gradient.clone()
             self._turn(gradient, visit, -1)

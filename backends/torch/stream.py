@@ -77,8 +77,6 @@ class _Aggregation(Operation):
         (value,) = call.steps(tensors)
         role = value.encoded
         heads = role.heads if weights is None else weights.shape[2]
-        # NaN that one head sees is absent to another that shares the values (M4).
-        shared = call.mask.live.unsqueeze(-1) if call.mask is not None and role.heads < heads else None
         total = tensors[0].new_zeros((call.links.geometry.num_queries, value.batch, heads * role.head_dim))
         adder = Adder(total)
         for visit in call.links.visits:
@@ -86,12 +84,7 @@ class _Aggregation(Operation):
             if weights is None:
                 value.add_encoded(visit, sums)
             else:
-                by_head = sums.view(*visit.shape, value.batch, heads, role.head_dim)
-                own = torch.unflatten(weights[visit.start : visit.stop], 0, visit.shape).unsqueeze(-1)
-                if shared is None:
-                    by_head.addcmul_(value.encode(visit), own)
-                else:
-                    by_head.add_(torch.where(value.in_order(shared, visit), value.encode(visit) * own, 0.0))
+                value.add_weighted(visit, torch.unflatten(weights[visit.start : visit.stop], 0, visit.shape), sums)
         adder.close()
         return torch.unflatten(total, -1, (heads, role.head_dim))
 
