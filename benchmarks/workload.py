@@ -20,6 +20,7 @@ from translution.execution import as_asked, predict, reasons_against, vjp
 from translution.geometry import geometry
 from translution.registry import get_backend
 from translution.spec import Operator, parse_spec
+from translution.workload import Workload as Numbers
 
 Call = Callable[[], object]
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward and backward"
@@ -67,20 +68,15 @@ class Case:
 
 @dataclass
 class Workload:
-    """Numbers for a case: normal tokens, matrices that keep the size of what they multiply. Always the same ones."""
+    """Numbers for a case, always the same ones."""
 
     case: Case
     params: dict[str, Array] = field(init=False)
     x: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        generator, operator = np.random.default_rng(0), self.case.operator
-        self.params = {}
-        for name, shape in operator.parameters.items():
-            scale = np.float32(shape[-2] ** -0.5 if len(shape) > 1 else 1.0)
-            self.params[name] = generator.standard_normal(shape, np.float32) * scale
-        keys = operator.layout.num_queries if operator.uses_content else operator.layout.num_keys
-        self.x = generator.standard_normal((self.case.batch, keys, operator.dim), np.float32)
+        numbers = Numbers(Request(self.case.operator, self.case.batch))
+        self.params, self.x = numbers.params, numbers.x
 
     @cached_property
     def exact(self) -> Exact:

@@ -16,6 +16,7 @@ class Workload:
     """One request in numbers: normal values, matrices scaled so that what they give is as large as what they get.
 
     A mask hides a quarter of the keys. The same seed gives the same numbers.
+    ``params`` and ``x`` [B, N, C] are float32.
     """
 
     def __init__(self, request: Request, seed: int = 0) -> None:
@@ -25,13 +26,13 @@ class Workload:
         def normal(*shape: int, scale: float = 1.0) -> np.ndarray[Any, Any]:
             return scale * generator.standard_normal(shape, np.float32)
 
-        self._params = {
+        self.params = {
             name: normal(*shape, scale=shape[-2] ** -0.5 if len(shape) > 1 else 1.0)
             for name, shape in operator.parameters.items()
         }
         layout, batch = operator.layout, request.batch
         # Without content x holds the keys alone.
-        self._x = normal(batch, layout.num_queries if operator.uses_content else layout.num_keys, operator.dim)
+        self.x = normal(batch, layout.num_queries if operator.uses_content else layout.num_keys, operator.dim)
         self._y = (
             None if layout.is_self or not operator.uses_content else normal(batch, layout.num_keys, operator.keys_dim)
         )
@@ -51,8 +52,8 @@ class Workload:
     def call(self, backend: str | Backend, algorithm: str | None) -> Callable[[], object]:
         """A call of :func:`translution.run` without a graph; or, with gradients, of it and all gradients of its sum."""
         found, operator = get_backend(backend), self.request.operator
-        params: Any = {name: self._native(found, value) for name, value in self._params.items()}
-        x: Any = self._native(found, self._x)
+        params: Any = {name: self._native(found, value) for name, value in self.params.items()}
+        x: Any = self._native(found, self.x)
         more: dict[str, Any] = {
             "y": self._native(found, self._y), "mask": self._native(found, self._mask),
             "backend": found, "algorithm": algorithm,

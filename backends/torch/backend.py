@@ -17,6 +17,7 @@ from translution.backends.torch.relevance import LinkMask, bias_table, dense_wei
 from translution.geometry import geometry
 from translution.inputs import Inputs
 from translution.normal_form import NormalForm
+from translution.recorded import recorded_vjp
 from translution.registry import Claims, Gradients
 
 DEVICES = ("cpu", "cuda")
@@ -80,19 +81,9 @@ class TorchBackend:
         cotangent: Tensor,
     ) -> tuple[Tensor, Gradients]:
         """out, and the gradients of <cotangent, out>; x and y are leaves of their own."""
-        x, y = inputs.x.detach().requires_grad_(), inputs.y.detach().requires_grad_()
-        own = {name: value.detach().requires_grad_() for name, value in params.items()}
-        leaves = [x, y, *own.values()]
-        with torch.enable_grad():
-            out, _ = self.forward(request, algorithm, own, Inputs(x, y, inputs.mask, inputs.batch_shape))
-            # Where a layout has no links, nothing of x or y reaches the result.
-            given = (
-                torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
-                if out.requires_grad
-                else [None] * len(leaves)
-            )
-        found = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, given, strict=True)]
-        return out.detach(), Gradients(dict(zip(own, found[2:], strict=True)), found[0], found[1])
+        return recorded_vjp(
+            lambda own, given: self.forward(request, algorithm, own, given)[0], params, inputs, cotangent
+        )
 
 
 @dataclass(frozen=True, slots=True)

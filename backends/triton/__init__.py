@@ -13,6 +13,7 @@ from translution.arrays import Array, Kind
 from translution.backends.triton import claims as known
 from translution.backends.triton.assembly import forward
 from translution.inputs import Inputs
+from translution.recorded import recorded_vjp
 from translution.registry import Claims, Gradients
 
 
@@ -44,15 +45,10 @@ class TritonBackend:
         self, request: Request, algorithm: str, params: Mapping[str, Array], inputs: Inputs, cotangent: Array
     ) -> tuple[Array, Gradients]:
         """out, and the gradients of <cotangent, out>; x and y are leaves of their own."""
-        x, y = inputs.x.detach().requires_grad_(), inputs.y.detach().requires_grad_()
-        own = {name: value.detach().requires_grad_() for name, value in params.items()}
-        leaves = [x, y, *own.values()]
-        recorded = Inputs(x, y, inputs.mask, inputs.batch_shape)
-        with torch.enable_grad():
-            out, _ = self.forward(replace(request, gradient=True), algorithm, own, recorded)
-            given = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
-        found = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, given, strict=True)]
-        return out.detach(), Gradients(dict(zip(own, found[2:], strict=True)), found[0], found[1])
+        recorded = replace(request, gradient=True)
+        return recorded_vjp(
+            lambda own, given: self.forward(recorded, algorithm, own, given)[0], params, inputs, cotangent
+        )
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
