@@ -11,7 +11,6 @@ Behind the grid stand CLS/CLS, (partner CLS, self a patch), (partner a patch, se
 CLS/CLS, (patch, CLS), (CLS, patch). In causal 1-D key and value rows ascend in delta and query rows descend.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -20,12 +19,12 @@ import numpy as np
 
 from translution.arrays import Array, kind_of
 from translution.errors import InputError
-from translution.spec import LowRank, Operator, Shared, Sum, presets
+from translution.paper.operators import Roles, layer_operator
+from translution.spec import Operator
 from translution.spec.checks import is_whole
 
 Family = Literal["vit", "gpt"]
 Kind = Literal["full", "alpha", "attention"]
-Roles = presets.Roles
 
 # Beside the operator a state dict holds its LayerNorm, the causal mask and cached angles.
 NOT_OF_THE_OPERATOR = ("norm.", "rope.", "rotary_emb.")
@@ -68,11 +67,11 @@ def load_operator(
     """
     if not isinstance(state, Mapping):
         raise InputError("P1", f"state is a {type(state).__name__}", "state maps names to arrays", "Give a state dict")
-    _check_choice("family", family, get_args(Family))
-    _check_choice("kind", kind, get_args(Kind))
+    check_choice("family", family, get_args(Family))
+    check_choice("kind", kind, get_args(Kind))
     chosen = _roles(kind, variant, rope, family)
     roles: str = chosen or ""
-    sizes = _sizes(family, kind, grid, length, rank)
+    sizes = check_sizes(family, kind, grid, length, rank)
     operator = _operator(state, family, kind, chosen, sizes, num_heads, head_dim, rank, rope)
     wanted = _wanted(kind, roles, operator, num_heads * head_dim, num_heads * (rank or 0))
     _check_state(state, wanted, operator, family, kind, roles)
@@ -80,7 +79,7 @@ def load_operator(
     return operator, _parameters(state, kind, roles, num_heads * head_dim, moved, operator.output is not None)
 
 
-def _check_choice(name: str, given: object, known: tuple[object, ...]) -> None:
+def check_choice(name: str, given: object, known: tuple[object, ...]) -> None:
     if given not in known:
         raise InputError(
             "P1", f"{name}={given!r}", f"{name} is one of {', '.join(map(str, known))}", "Choose one of these"
@@ -90,10 +89,10 @@ def _check_choice(name: str, given: object, known: tuple[object, ...]) -> None:
 def _roles(kind: Kind, variant: str | None, rope: bool, family: Family) -> Roles | None:
     """The relative roles; None for attention."""
     if kind == "attention":
-        _check_choice("variant", variant, (None, "none", "qkv"))
+        check_choice("variant", variant, (None, "none", "qkv"))
         return None
     roles = "qkv" if variant is None else variant
-    _check_choice("variant", roles, get_args(Roles))
+    check_choice("variant", roles, get_args(Roles))
     chosen: Roles = next(known for known in get_args(Roles) if known == roles)
     if rope and (roles != "v" or family == "gpt"):
         raise InputError(
@@ -105,7 +104,7 @@ def _roles(kind: Kind, variant: str | None, rope: bool, family: Family) -> Roles
     return chosen
 
 
-def _sizes(
+def check_sizes(
     family: Family, kind: Kind, grid: tuple[int, int] | None, length: int | None, rank: int | None
 ) -> tuple[int, ...]:
     sizes, unused = (grid, length) if family == "vit" else ((None if length is None else (length,)), grid)
@@ -146,33 +145,19 @@ def _operator(
     projects = projection is not None or num_heads != 1
     dim = head_dim if projection is None or len(projection.shape) != 2 else len(projection)
     registers, causal = (1, False) if family == "vit" else (0, True)
-    if roles is None:
-        build = presets.rope_attention if rope else presets.self_attention
-        found = build(sizes, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal)
-    elif kind == "full":
-        found = presets.translution(
-            sizes, dim, num_heads, head_dim=head_dim, roles=roles, registers=registers, causal=causal
-        )
-    else:
-        assert rank is not None
-        found = presets.alpha_translution(
-            sizes,
-            dim,
-            num_heads,
-            rank=rank,
-            head_dim=head_dim,
-            roles=roles,
-            registers=registers,
-            causal=causal,
-            rotary=rope,
-        )
-    if projects:
-        return found
-    # With one head it makes no difference whether the low-rank values are brought up before the weighting or after.
-    value = found.value
-    if kind == "alpha" and roles is not None and "v" in roles:
-        value = Sum((Shared(num_heads * head_dim), LowRank(num_heads * (rank or 0), num_heads * head_dim)))
-    return dataclasses.replace(found, value=value, output=None)
+    return layer_operator(
+        ("rope" if rope else "attention") if roles is None else "full" if kind == "full" else "alpha",
+        sizes,
+        dim,
+        num_heads,
+        head_dim=head_dim,
+        registers=registers,
+        causal=causal,
+        roles=roles or "qkv",
+        rank=1 if rank is None else rank,
+        rotary=rope,
+        output_projection=projects,
+    )
 
 
 def _wanted(kind: Kind, roles: str, operator: Operator, width: int, inner: int) -> dict[str, tuple[int, ...]]:

@@ -401,6 +401,8 @@ def shaw_attention(
     max_distance: int | None = None,
     values: bool = True,
     shared_heads: bool = True,
+    head_dim: int | None = None,
+    registers: int = 0,
     causal: bool | tuple[bool, ...] = False,
     qkv_bias: bool = False,
     output_bias: bool = True,
@@ -410,10 +412,12 @@ def shaw_attention(
     With ``values=False`` on a 2-D grid: the relative logits of BoTNet and HaloNet (Srinivas et al. 2021, Vaswani et
     al. 2021), whose row and column vectors add up to one vector per displacement.
     """
-    width = _width(dim, num_heads)
+    width = _width(dim, num_heads, head_dim)
     relative = Sum((Shared(width, bias=qkv_bias), Vectors(width, shared_heads=shared_heads)))
     return Operator(
-        layout=Lattice(grid, causal=causal, far=None if max_distance is None else Clip(max_distance)),
+        layout=Lattice(
+            grid, registers=registers, causal=causal, far=None if max_distance is None else Clip(max_distance)
+        ),
         dim=dim,
         num_heads=num_heads,
         query=Shared(width, bias=qkv_bias),
@@ -423,13 +427,22 @@ def shaw_attention(
     )
 
 
-def swin_attention(grid: tuple[int, ...], dim: int, num_heads: int, *, qkv_bias: bool = True) -> Operator:
+def swin_attention(
+    grid: tuple[int, ...],
+    dim: int,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    registers: int = 0,
+    causal: bool | tuple[bool, ...] = False,
+    qkv_bias: bool = True,
+) -> Operator:
     """Attention inside one window with a bias per displacement and head (Liu et al. 2021, equation 4); ``grid`` is
-    the window.
+    the window. Pairs with a register have biases of their own.
     """
-    width = _width(dim, num_heads)
+    width = _width(dim, num_heads, head_dim)
     return Operator(
-        layout=Lattice(grid),
+        layout=Lattice(grid, registers=registers, causal=causal),
         dim=dim,
         num_heads=num_heads,
         query=Shared(width, bias=qkv_bias),
@@ -491,13 +504,22 @@ def alibi_attention(
     )
 
 
-def convit_attention(grid: tuple[int, ...], dim: int, num_heads: int, *, output_bias: bool = True) -> Operator:
+def convit_attention(
+    grid: tuple[int, ...],
+    dim: int,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    registers: int = 0,
+    causal: bool | tuple[bool, ...] = False,
+    output_bias: bool = True,
+) -> Operator:
     """Gated positional self-attention (d'Ascoli et al. 2021, equation 7): content and position mixed by a gate per
-    head.
+    head. Pairs with a register have the positional score 0.
     """
-    width = _width(dim, num_heads)
+    width = _width(dim, num_heads, head_dim)
     return Operator(
-        layout=Lattice(grid),
+        layout=Lattice(grid, registers=registers, causal=causal),
         dim=dim,
         num_heads=num_heads,
         query=Shared(width),

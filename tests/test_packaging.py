@@ -28,8 +28,8 @@ FOLDERS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 LAYERS = ("spec", "core", "backends", "conformance", "paper", "cli")
 # The modules of translution_core/ that are the command line: they sit on top, and import the layers below lazily.
 COMMAND_LINE = (
-    "__main__", "cli", "command_files", "conform_command", "pick_command", "scale_command", "display",
-    "selection_display",
+    "__main__", "cli", "command_files", "conform_command", "paper_command", "pick_command", "scale_command",
+    "display", "selection_display",
 )  # fmt: skip
 # What a module may import when it is itself imported; within a function any declared dependency will do.
 THIRD_PARTY = {

@@ -8,6 +8,7 @@ import typer
 
 from translution.command_files import JsonFile, check_file, write_json, wrong_use
 from translution.conform_command import conform
+from translution.paper_command import paper
 from translution.pick_command import (
     Batch,
     Device,
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(conform)
 app.command()(bench)
 app.command()(pick)
+app.add_typer(paper, name="paper")
 
 
 @app.command()
