@@ -25,7 +25,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 
 # A module may import from its own layer and from those before it.
-LAYERS = ("spec", "core", "backends", "conformance", "paper", "cli")
+LAYERS = ("spec", "core", "nn", "backends", "conformance", "paper", "cli")
 # The modules of translution_core/ that are the command line: they sit on top, and import the layers below lazily.
 COMMAND_LINE = (
     "__main__", "cli", "command_files", "conform_command", "paper_command", "pick_command", "scale_command",
@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "spec": set(),
     "core": {"numpy"},
     "core.graph": {"numpy", "torch"},  # imported where torch makes a graph, and by nothing else
+    "nn": {"torch"},  # layers of PyTorch; they reach a backend through translution.run alone
     "cli": {"numpy", "typer", "rich"},
     "backends": {"numpy"},
     "backends.reference": {"numpy"},
@@ -79,7 +80,7 @@ MODULES = dict(modules())
 def place(name: str) -> str:
     """Return where a dotted name lives: a layer, or one backend."""
     parts = name.split(".")[1:2]
-    if parts in (["spec"], ["conformance"], ["paper"]):
+    if parts in (["spec"], ["nn"], ["conformance"], ["paper"]):
         return parts[0]
     if parts == ["backends"]:
         one_backend = ".".join(name.split(".")[1:3])

@@ -34,7 +34,7 @@ def _written(operator: Operator) -> str:
 
 
 def call(
-    operator: Operator,
+    operator: Operator | str,
     params: Mapping[str, Any],
     x: Any,
     y: Any,
@@ -43,7 +43,7 @@ def call(
     algorithm: str | None,
     return_weights: bool,
 ) -> Any:
-    """:func:`translution.run` as a node; differentiable once.
+    """:func:`translution.run` as a node; differentiable once. The operator may be given as its JSON text.
 
     Raises:
         NotSupported: for a backend that is not given by name, and with ``return_weights``.
@@ -53,9 +53,8 @@ def call(
     if return_weights:
         raise NotSupported(backend, algorithm, ["in a graph no weights are returned"])
     names = "\n".join(params)
-    return torch.ops.translution.run(
-        _written(operator), names, list(params.values()), x, y, mask, backend, algorithm or ""
-    )
+    written = operator if isinstance(operator, str) else _written(operator)
+    return torch.ops.translution.run(written, names, list(params.values()), x, y, mask, backend, algorithm or "")
 
 
 def _result(
