@@ -46,6 +46,8 @@ THIRD_PARTY = {
     "conformance": {"numpy", "torch", "hypothesis", "pytest"},
     "paper": {"numpy", "torch", "matplotlib", "mlxtend", "safetensors"},
 }
+# Distributions whose name is not that of their module.
+DISTRIBUTIONS = {"PIL": "pillow"}
 
 
 class Import(NamedTuple):
@@ -274,7 +276,7 @@ def test_every_import_is_declared() -> None:
     wrong = [
         f"{where}: {found.name}"
         for _, where, found in all_imports()
-        if is_third_party(found) and canonicalize_name(found.top) not in declared
+        if is_third_party(found) and canonicalize_name(DISTRIBUTIONS.get(found.top, found.top)) not in declared
     ]
     assert wrong == []
 
