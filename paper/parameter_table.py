@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from translution.paper.description import SIZES, ModelDescription
+from translution.paper.models import build_model
 from translution.paper.operators import Roles
 from translution.progress import Update, silently
 
@@ -103,8 +104,10 @@ def whole_grid() -> Iterator[ModelDescription]:
 
 
 def count(description: ModelDescription) -> Count:
-    """The parameters of one model."""
-    return Count(description.num_parameters, sum(description.unreached_parameters.values()), description)
+    """The parameters of one model, built on torch's meta device: nothing is allocated."""
+    model = build_model(description, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Count(parameters, sum(description.unreached_parameters.values()), description)
 
 
 def count_all(update: Update = silently) -> tuple[list[tuple[PaperRow, Count]], list[Count]]:

@@ -19,11 +19,11 @@ import numpy as np
 
 from translution.arrays import Array, kind_of
 from translution.errors import InputError
+from translution.paper.description import Family
 from translution.paper.operators import Roles, layer_operator
 from translution.spec import Operator
 from translution.spec.checks import is_whole
 
-Family = Literal["vit", "gpt"]
 Kind = Literal["full", "alpha", "attention"]
 
 # Beside the operator a state dict holds its LayerNorm, the causal mask and cached angles.

@@ -312,7 +312,10 @@ class OnlyNumPy:
 
 sys.meta_path.insert(0, OnlyNumPy())
 """
-WITHOUT_OPTIONAL = ("translution", "translution.spec", "translution.backends.reference", "translution.backends.numpy")
+WITHOUT_OPTIONAL = (
+    "translution", "translution.spec", "translution.backends.reference", "translution.backends.numpy",
+    "translution.paper",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", WITHOUT_OPTIONAL)

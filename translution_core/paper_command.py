@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from translution.command_files import JsonFile, check_file, write_json
+from translution.command_files import JsonFile, check_file, write_json, wrong_use
 
 if TYPE_CHECKING:
     from translution.paper.parameter_table import Count, PaperRow
@@ -25,7 +25,11 @@ def params(json_file: JsonFile = None) -> None:
     two lengths, each with attention, and with Translution and alpha in seven role sets.
     """
     check_file("--json", json_file)
-    from translution.paper.parameter_table import count_all
+    try:
+        from translution.paper.parameter_table import count_all
+    except ModuleNotFoundError as error:
+        need = f"paper needs {error.name}, which is not installed: pip install 'translution[paper]'"
+        raise wrong_use(need) from error
     from translution.progress import Progress
 
     with Progress() as progress:
