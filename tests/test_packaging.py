@@ -28,8 +28,8 @@ FOLDERS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 LAYERS = ("spec", "core", "nn", "backends", "conformance", "paper", "cli")
 # The modules of translution_core/ that are the command line: they sit on top, and import the layers below lazily.
 COMMAND_LINE = (
-    "__main__", "cli", "command_files", "conform_command", "paper_command", "pick_command", "scale_command",
-    "display", "selection_display",
+    "__main__", "cli", "command_files", "conform_command", "experiment_command", "paper_command", "pick_command",
+    "scale_command", "display", "selection_display",
 )  # fmt: skip
 # What a module may import when it is itself imported; within a function any declared dependency will do.
 THIRD_PARTY = {
@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "backends.torch": {"numpy", "torch"},
     "backends.triton": {"numpy", "torch", "triton"},
     "conformance": {"numpy", "torch", "hypothesis", "pytest"},
-    "paper": {"numpy", "torch", "matplotlib", "mlxtend", "safetensors"},
+    "paper": {"numpy", "torch", "PIL", "filelock", "matplotlib", "mlxtend", "safetensors"},
 }
 # Distributions whose name is not that of their module.
 DISTRIBUTIONS = {"PIL": "pillow"}

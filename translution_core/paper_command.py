@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from translution.command_files import JsonFile, check_file, write_json, wrong_use
+from translution.experiment_command import digits, images, text
 
 if TYPE_CHECKING:
     from translution.paper.parameter_table import Count, PaperRow
 
 paper = typer.Typer(help="The paper's tables and experiments.", no_args_is_help=True)
+
+
+paper.command()(digits)
+paper.command()(text)
+paper.command()(images)
 
 
 @paper.callback()

@@ -24,10 +24,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where training stands: ``step`` updates done, in ``seconds``; ``about`` is what it must belong to."""
+    """Where training stands: ``step`` updates done, in so many seconds; ``about`` is what it must belong to."""
 
     step: int
     seconds: float
+    processor_seconds: float
     about: Mapping[str, Any]
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
@@ -96,6 +97,7 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> No
         "format": FORMAT,
         "step": checkpoint.step,
         "seconds": checkpoint.seconds,
+        "processor_seconds": checkpoint.processor_seconds,
         "evaluation": dict(checkpoint.evaluation),
         "tensors": path.name,
         "sha256": _digest(path),
@@ -126,7 +128,8 @@ def load(folder: Path, about: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, 
     path = folder / data["tensors"]
     if not path.exists() or _digest(path) != data["sha256"]:
         raise TrainingError(f"{path} is damaged or gone", f"{NAME} names it with its SHA-256", remedy)
-    return Checkpoint(data["step"], data["seconds"], data["about"], data["evaluation"]), load_file(path)
+    times = data["seconds"], data["processor_seconds"]
+    return Checkpoint(data["step"], *times, data["about"], data["evaluation"]), load_file(path)
 
 
 def _digest(path: Path) -> str:

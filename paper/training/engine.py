@@ -58,10 +58,14 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A finished run: the last evaluation, the seconds it took in all, the step it went on from (0: from scratch)."""
+    """A finished run: the last evaluation, what it took in all, the step it went on from (0: from scratch).
+
+    ``seconds`` passed; ``processor_seconds`` are those that the threads of this process computed.
+    """
 
     evaluation: dict[str, float]
     seconds: float
+    processor_seconds: float
     resumed_at: int
 
 
@@ -95,28 +99,26 @@ def train(
     called = distribute(model.to(device), settings.parallel)
     optimiser = optimiser_for(model, settings)
     found = checkpoints.load(folder, belongs)
-    start = Checkpoint(0, 0.0, belongs) if found is None else found[0]
+    start = Checkpoint(0, 0.0, 0.0, belongs) if found is None else found[0]
     if found is not None:
         checkpoints.restore(model, optimiser, found[1])
     # After the checkpoint is read by all, before the first process writes another.
     wait_for_all()
     log = Log(folder / LOG, start.step) if part.rank == 0 else None
-    evaluation, began = dict(start.evaluation), time.perf_counter()
+    evaluation, clock = dict(start.evaluation), _Clock(start)
     try:
         for step in range(start.step, settings.steps):
             update(label, step, settings.steps)
             line = _update_parameters(task, called, optimiser, settings, step, part, device)
-            seconds = start.seconds + time.perf_counter() - began
             if log is not None:
-                log.add(step=step + 1, **line, seconds=round(seconds, 3))
+                log.add(step=step + 1, **line, seconds=round(clock.seconds, 3))
             last = step + 1 == settings.steps
             if last or (settings.evaluate_every is not None and (step + 1) % settings.evaluate_every == 0):
                 evaluation = _evaluate(task, called, settings, part)
                 if log is not None:
                     log.add(step=step + 1, evaluation=evaluation)
             if last or (step + 1) % settings.checkpoint_every == 0:
-                seconds = start.seconds + time.perf_counter() - began
-                reached = Checkpoint(step + 1, seconds, belongs, evaluation)
+                reached = Checkpoint(step + 1, clock.seconds, clock.processor_seconds, belongs, evaluation)
                 tensors = checkpoints.gathered(model, optimiser)
                 if log is not None:
                     log.to_disk()
@@ -126,7 +128,23 @@ def train(
         if log is not None:
             log.close()
     update(label, settings.steps, settings.steps)
-    return Trained(evaluation, start.seconds + time.perf_counter() - began, start.step)
+    return Trained(evaluation, clock.seconds, clock.processor_seconds, start.step)
+
+
+class _Clock:
+    """Goes on from a checkpoint."""
+
+    def __init__(self, start: Checkpoint) -> None:
+        self._seconds = start.seconds - time.perf_counter()
+        self._processor_seconds = start.processor_seconds - time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + time.perf_counter()
+
+    @property
+    def processor_seconds(self) -> float:
+        return self._processor_seconds + time.process_time()
 
 
 def _update_parameters(
