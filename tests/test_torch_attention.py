@@ -1,5 +1,7 @@
 """``stream``'s softmax over links as they are visited: origins, parts of the batch, mirrored displacements, memory."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ CPU = torch.device("cpu")
 FULL = presets.translution((3, 4), 8, 2, registers=1)
 LAYOUTS = {
     "grid": FULL.layout,
+    "large grid": Lattice((12, 12)),
     "causal": Lattice((6,), causal=True),
     "window": Lattice((4, 5), kernel_size=(3, 3)),
     "strided": Lattice((5,), kernel_size=(3,), stride=(2,)),
@@ -78,6 +81,15 @@ def test_every_link_is_visited_once_with_its_own_rows(name):
 def test_a_grid_is_visited_by_displacement_and_its_mirror():
     found = links(presets.translution((7, 7), 4, 1).layout, CPU)
     assert sorted(visit.shape[0] for visit in found.visits) == [1] + [2] * 84
+
+
+def test_large_displacements_are_visited_in_pieces():
+    """The workspaces are as large as the largest visit."""
+    found = links(LAYOUTS["large grid"], CPU)
+    assert found.widest <= 128
+    pieces = Counter(visit.value_rows.start for visit in found.visits)
+    neighbours = next(step for step in found.geometry.steps if len(step.query_index) == 12 * 11)
+    assert pieces[neighbours.value_class] == 3
 
 
 def test_a_causal_order_has_no_mirror():
@@ -143,7 +155,8 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     live = torch.rand((5, 2, 13, 13), generator=generator) < 0.7
     mask = {"none": None, "bool": live, "float": torch.where(live, 0.3, -np.inf).double()}[kind]
     whole = results(FULL, params, x, mask=mask, algorithm="pairwise")
-    monkeypatch.setattr(attention, "PART_BYTES", 2 * 13 * 8 * 4)
+    # Nine times 13 tokens and five times the 24 links of mirrored neighbours.
+    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (9 * 13 + 5 * 24) * 8 * 4)
     if origin == "largest":
         monkeypatch.setattr(attention, "FAR_LOGIT", -np.inf)
     seen = []
@@ -168,7 +181,7 @@ def test_one_tensor_under_two_names_gets_the_gradient_of_both():
     assert_close([found], [expected])
 
 
-@pytest.mark.parametrize(("side", "batch"), [(7, 8), (7, 32), (7, 128), (14, 16), (14, 32)])
+@pytest.mark.parametrize(("side", "batch"), [(5, 100), (7, 8), (7, 32), (7, 128), (14, 16), (14, 32), (28, 4)])
 def test_training_takes_no_more_than_attention(side, batch):
     """6 x B N C' floats and 32 MB beyond the parameters and their gradients; counted, nothing is allocated."""
     operator = presets.translution((side, side), 192, 3, registers=1)

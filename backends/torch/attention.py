@@ -28,9 +28,9 @@ from translution.backends.torch.steps import Adder, Reader, RoleSteps, crossed, 
 from translution.backends.torch.visits import Visit
 from translution.normal_form import NormalForm
 
-# What a part of the batch has at most in tokens of one role, unless one item alone has more: all workspaces of a part
-# take about 16 times as much. A few hundred rows for each displacement stay in the cache; a product of fewer is slower.
-PART_BYTES = 5 << 18
+# The workspaces of a part of the batch, unless one item alone has more. Parts share the reading of the tables less than
+# larger parts would, and each has its own small operations.
+WORKSPACE_BYTES = 32 << 20
 # A first logit beyond this, or a sum outside these, and the largest logit is looked for.
 FAR_LOGIT = 30.0
 SUMS = 1e-18, 1e18
@@ -50,9 +50,11 @@ class _Attention:
 
     def parts(self, batch: int) -> list[slice]:
         """The batch in parts of about the same size."""
-        geometry, role = self.call.links.geometry, self.call.roles[0]
-        item = max(geometry.num_queries, geometry.num_keys) * role.heads * role.head_dim * 4
-        count = min(max(batch, 1), math.ceil(batch * item / PART_BYTES) or 1)
+        links, role = self.call.links, self.call.roles[0]
+        # Backward has up to three bands of tokens, their gradient and the cotangent, and five results of a visit.
+        rows = 9 * max(links.geometry.num_queries, links.geometry.num_keys) + 5 * links.widest
+        item = rows * role.heads * role.head_dim * 4
+        count = min(max(batch, 1), math.ceil(batch * item / WORKSPACE_BYTES) or 1)
         size = math.ceil(batch / count)
         return [slice(start, start + size) for start in range(0, max(batch, 1), max(size, 1))]
 

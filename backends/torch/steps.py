@@ -11,6 +11,9 @@ from translution.backends.torch.links import Links
 from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.visits import Band, Place, Visit
 
+# A product of as many rows keeps all cores busy on its own.
+MANY_ROWS = 512
+
 
 class _Lane:
     """The bands that are open: their rows in the tokens themselves, or in a copy."""
@@ -21,6 +24,9 @@ class _Lane:
         self._rows = self._buffer = tokens.new_empty((0, self._features))
         self._bands: tuple[Band, ...] = ()
         self._is_copy = False
+        # Roles and both directions ask for the same rows again: a look costs less than to make the view anew.
+        self._place: Place | None = None
+        self._view = self._rows
 
     def holds(self, place: Place) -> bool:
         """Whether the bands of ``place`` are open."""
@@ -28,7 +34,7 @@ class _Lane:
 
     def open(self, place: Place) -> None:
         """Make room for the rows of all bands, where they don't lie in the tokens together."""
-        self._bands = place.bands
+        self._bands, self._place, self._view = place.bands, None, self._tokens
         own = place.bands[0].lies_in(self._tokens) if len(place.bands) == 1 else None
         self._is_copy = own is None
         if own is not None:
@@ -54,7 +60,7 @@ class _Lane:
         """Add the copy to the tokens."""
         for band, rows in self._copies():
             band.add(rows, self._tokens)
-        self._bands, self._is_copy = (), False
+        self._bands, self._is_copy, self._place = (), False, None
 
     def _copies(self) -> list[tuple[Band, Tensor]]:
         if not self._is_copy:
@@ -64,12 +70,15 @@ class _Lane:
 
     def rows(self, place: Place) -> Tensor:
         """The rows of ``place``, whose bands are open."""
-        row = self._batch * self._features
-        return self._rows.as_strided(
-            (place.displacements, place.count * self._batch, self._features),
-            (max(place.stride, 1) * row, self._features, 1),
-            self._rows.storage_offset() + place.first * row,
-        )
+        if place is not self._place:
+            row = self._batch * self._features
+            self._place = place
+            self._view = self._rows.as_strided(
+                (place.displacements, place.count * self._batch, self._features),
+                (max(place.stride, 1) * row, self._features, 1),
+                self._rows.storage_offset() + place.first * row,
+            )
+        return self._view
 
 
 class Reader:
@@ -296,11 +305,14 @@ class RoleSteps:
         if role.turns:
             gradient = gradient.clone()
             self._turn(gradient, visit, -1)
+        flat = gradient.reshape(len(visit.steps), visit.shape[1] * self.batch, role.heads * role.head_dim)
         if self._d_base is not None:
-            self._d_base.rows(place).add_(gradient.flatten(3).flatten(1, 2))
+            self._d_base.rows(place).add_(flat)
         opens = self._opens and (visit.opens_key if role.name == "key" else visit.opens_value)
         for n, table in enumerate(role.tables):
-            own = gradient[..., table.start : table.start + table.width].flatten(3).flatten(1, 2)
+            own = flat
+            if table.width != role.head_dim:
+                own = gradient[..., table.start : table.start + table.width].flatten(3).flatten(1, 2)
             d_z, d_matrices = self._d_z[n], self._d_matrices[n]
             if d_matrices is not None:
                 rows = self._live_rows(self._z[n].rows(place), visit)
@@ -311,6 +323,9 @@ class RoleSteps:
     def _add_product(self, rows: Tensor, matrix: Tensor, total: Tensor) -> None:
         if matrix.dim() == 3 and total.is_contiguous():
             total.baddbmm_(rows, matrix)
+        elif matrix.dim() == 3 and total.shape[1] >= MANY_ROWS:
+            for own, own_rows, own_matrix in zip(total.unbind(0), rows.unbind(0), matrix.unbind(0), strict=True):
+                own.addmm_(own_rows, own_matrix)
         else:
             total.add_(_multiply(rows, matrix, self._scratch(*total.shape)))
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from translution.geometry import Geometry, IntArray, Step
 
+# What has more links than this, and than three quarters of the tokens, is visited in pieces.
+ENOUGH_LINKS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -89,6 +92,10 @@ class Place:
     def length(self) -> int:
         """Rows of all bands."""
         return sum(band.length for band in self.bands)
+
+    def part(self, start: int, stop: int) -> "Place":
+        """Some of the rows, of each displacement."""
+        return replace(self, first=self.first + start, count=stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +172,29 @@ def _place(index: IntArray, tokens: int, number: int, device: torch.device) -> P
     return Place((Band(base, (turns, *sizes[1:]), tuple(strides)),), turn * block, sizes[0] * block)
 
 
+def _piece(step: Step, start: int, stop: int) -> Step:
+    return replace(step, query_index=step.query_index[start:stop], key_index=step.key_index[start:stop])
+
+
 def _pieces(step: Step, most: int) -> Iterator[Step]:
     """The step in pieces of at most ``most`` links: shared classes can have a step with nearly all of them."""
     for start in range(0, len(step.query_index), most):
-        own = slice(start, start + most)
-        yield replace(step, query_index=step.query_index[own], key_index=step.key_index[own])
+        yield _piece(step, start, start + most)
+
+
+def _visit_pieces(visit: Visit, most: int) -> Iterator[Visit]:
+    """The visit in pieces of about the same size, of at most ``most`` links: workspaces are as large as the largest."""
+    displacements, count = visit.shape
+    number = math.ceil(displacements * count / most)
+    for n in range(number):
+        start, stop = n * count // number, (n + 1) * count // number
+        yield replace(
+            visit,
+            steps=tuple(_piece(step, start, stop) for step in visit.steps),
+            query=visit.query.part(start, stop),
+            key=visit.key.part(start, stop),
+            value=visit.value.part(start, stop),
+        )
 
 
 def _mirrored(query: Place, key: Place) -> tuple[Place, Place]:
@@ -190,6 +215,10 @@ def _mirrored(query: Place, key: Place) -> tuple[Place, Place]:
 
 def _order(bands: Sequence[Band]) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
     return [(band.number, band.base, band.sizes, band.strides) for band in bands]
+
+
+def _rank(visit: Visit) -> tuple[int, int, list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]]:
+    return -visit.query.length, -visit.value.length, _order(visit.query.bands) + _order(visit.value.bands)
 
 
 def _unordered(found: Geometry, device: torch.device) -> Iterator[Visit]:
@@ -216,12 +245,14 @@ def _unordered(found: Geometry, device: torch.device) -> Iterator[Visit]:
 
 
 def visits(found: Geometry, device: torch.device) -> tuple[Visit, ...]:
-    """All links, those that share bands side by side."""
+    """All links, those that share bands side by side; the longest come first, so that their room need not grow."""
     same: dict[tuple[Band, ...], tuple[Band, ...]] = {}
     values: set[int] = set()
     keys: set[int] = set()
+    most = max(math.ceil(3 * max(found.num_queries, found.num_keys) / 4), ENOUGH_LINKS)
     result, start = [], 0
-    for visit in sorted(_unordered(found, device), key=lambda v: _order(v.query.bands) + _order(v.value.bands)):
+    ordered = sorted(_unordered(found, device), key=_rank)
+    for visit in (piece for whole in ordered for piece in _visit_pieces(whole, most)):
         query, key, value = (
             replace(place, bands=same.setdefault(place.bands, place.bands))
             for place in (visit.query, visit.key, visit.value)
