@@ -124,13 +124,14 @@ def alpha_translution(
     boundary: Boundary = "absent",
     far: FarClasses | None = None,
     rotary: bool = False,
+    qkv_bias: bool = False,
     output_bias: bool = True,
 ) -> Operator:
     """Alpha-Translution (arXiv 2510.10060, section 4): attention averaged with a low-rank relative branch.
 
     ``rank`` is the inner width per head (C1 = num_heads * rank). Queries and keys concatenate a shared and a low-rank
     part, values too, and the output adds the two; scale and output are halved where both parts are present.
-    ``rotary`` turns the shared queries and keys.
+    ``rotary`` turns the shared queries and keys, ``qkv_bias`` gives the shared parts biases.
     """
     _check_roles(roles)
     positive("E6", "alpha_translution", rank=rank)
@@ -139,7 +140,8 @@ def alpha_translution(
     relative_logits = "q" in roles or "k" in roles
 
     def shared() -> Encoder:
-        return Rotary(Shared(width)) if rotary else Shared(width)
+        plain = Shared(width, bias=qkv_bias)
+        return Rotary(plain) if rotary else plain
 
     def logit_encoder(role: str) -> Encoder:
         if not relative_logits:
@@ -161,7 +163,7 @@ def alpha_translution(
         num_heads=num_heads,
         query=logit_encoder("q"),
         key=logit_encoder("k"),
-        value=Concat((Shared(width), LowRank(inner))) if "v" in roles else Shared(width),
+        value=Concat((Shared(width, bias=qkv_bias), LowRank(inner))) if "v" in roles else Shared(width, bias=qkv_bias),
         relevance=Softmax(scale=scale / 2 if relative_logits else scale),
         output=LowRankOutput(inner, dim, bias=output_bias) if "v" in roles else Shared(dim, bias=output_bias),
         output_scale=0.5 if "v" in roles else 1.0,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 import translution
-from translution.errors import InputError
-from translution.nn.cropping import Crop, Grid, Rows, crop
+from translution.nn.cropping import Grid
+from translution.nn.decoding import Decoder, DecodingState
+from translution.nn.grid_operator import GridOperator
 from translution.nn.initialisation import initial_values
+from translution.nn.resizing import resized
 from translution.normal_form import normal_form
-from translution.spec import Lattice, Operator, PairTable, operator_to_json
+from translution.spec import Identity, Lattice, Ones, Operator
 
 
 class ParameterGroup(nn.Module):
@@ -41,9 +43,7 @@ class OperatorModule(nn.Module):
     ) -> None:
         super().__init__()
         translution.compile(operator, backend, algorithm)
-        self.operator, self.backend, self.algorithm = operator, backend, algorithm
-        self._crops: dict[tuple[Grid, Grid | None], Crop] = {}
-        self._row_index: dict[tuple[Any, ...], Tensor] = {}
+        self.backend, self.algorithm = backend, algorithm
         for name, shape in operator.parameters.items():
             *groups, last = name.split(".")
             group: nn.Module = self
@@ -52,8 +52,16 @@ class OperatorModule(nn.Module):
                     group.add_module(part, ParameterGroup())
                 group = getattr(group, part)
             group.register_parameter(last, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._paths = tuple((name, tuple(name.split("."))) for name in operator.parameters)
+        self._put(operator)
         self.reset_parameters()
+
+    def _put(self, operator: Operator) -> None:
+        """Take the operator on, whose parameters are in place."""
+        self.operator = operator
+        self._whole = GridOperator(operator, self.backend, self.algorithm)
+        self._output = GridOperator(_after_the_weighting(operator), self.backend)
+        self._paths = {name: tuple(name.split(".")) for name in operator.parameters}
+        self._decoder: Decoder | None = None
 
     def reset_parameters(self) -> None:
         """Start anew, with logits of ordinary attention's scale (:mod:`translution.nn.initialisation`)."""
@@ -63,7 +71,7 @@ class OperatorModule(nn.Module):
 
     def operator_parameters(self) -> dict[str, Tensor]:
         """Every parameter of the operator by name, as ``translution.run`` takes them."""
-        return {name: self._parameter(path) for name, path in self._paths}
+        return {name: self._parameter(path) for name, path in self._paths.items()}
 
     def _parameter(self, path: tuple[str, ...]) -> Tensor:
         found: Any = self
@@ -71,88 +79,77 @@ class OperatorModule(nn.Module):
             found = getattr(found, part)
         return cast("Tensor", found)
 
+    def _compute(self, part: GridOperator, x: Tensor, y: Tensor | None = None, **named: Any) -> Any:
+        params = {name: self._parameter(self._paths[name]) for name in part.names}
+        return part.run(params, x, y, **named)
+
+    def _projected(self, heads: Tensor) -> Tensor:
+        """Scale and output encoder on heads that are weighted and added up, [.., N, H * D]."""
+        out: Tensor = self._compute(self._output, heads.unsqueeze(-2)).squeeze(-2)
+        return out
+
     def no_weight_decay(self) -> set[str]:
         """Names that AdamW should not decay: biases, vectors per displacement, bias tables, gates."""
         form = normal_form(self.operator)
         found = {constant.name for role in (*form.roles, form.output) if role for constant in role.constants}
         return found | {name for name in self.operator.parameters if name.startswith("relevance.")}
 
-    def _compute(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        mask: Tensor | None,
-        grid: Grid | None,
-        key_grid: Grid | None,
-        return_weights: bool = False,
-    ) -> Any:
-        operator: Operator | str = self.operator
+    @torch.no_grad()
+    def set_input_size(self, grid: Grid, interpolate: bool = False) -> None:
+        """Make ``grid`` the layer's own from now on.
+
+        Where every displacement has its row it keeps it exactly: a smaller grid is a crop, and with a window or shared
+        far classes a larger one may change no parameter. Parameters whose shape changes are new ones: give them to the
+        optimiser. Rows of registers stay.
+
+        Args:
+            grid: the new extents, one per axis.
+            interpolate: where a displacement has no row, stretch every axis that grows so that its farthest
+                displacement stays the farthest, and read the tables in between (multilinear). False refuses that.
+
+        Raises:
+            InputError: ``grid`` has displacements without rows and ``interpolate`` is False, or the operator has no
+                lattice, or keys of their own.
+        """
+        operator, found = resized(self.operator, self.operator_parameters(), tuple(grid), interpolate)
+        for name, value in found.items():
+            *groups, last = self._paths[name]
+            setattr(
+                self._parameter(tuple(groups)),
+                last,
+                nn.Parameter(value, self._parameter(self._paths[name]).requires_grad),
+            )
+        self._put(operator)
+
+    def step(self, x: Tensor, state: DecodingState | None = None) -> tuple[Tensor, DecodingState]:
+        """The next token of a causal sequence, equal to its row in the full forward to rounding.
+
+        Args:
+            x: [.., n, Cq]. Without a state the beginning: all registers, then at least one token. With one, one token.
+            state: what the last call returned; it is not changed, so that several continuations may share it.
+
+        Returns:
+            out [.., n, F] of the tokens given, and the next state: of every token that a later one can see, its inputs
+            where encoders differ between displacements, its encoded or brought-down features where they do not.
+
+        Raises:
+            InputError: the operator is not causal on one axis, or the sequence is longer than its tables.
+        """
+        if self._decoder is None:
+            self._decoder = Decoder(self.operator)
         params = self.operator_parameters()
-        if grid is None and y is None:
-            grid = self._grid_of(x)
-        if grid is not None:
-            key = tuple(grid), None if key_grid is None else tuple(key_grid)
-            operator, found = self._on(key)
-            for rows in found:
-                params[rows.name] = self._selected(params[rows.name], rows, key)
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            params = {name: value.to(dtype) for name, value in params.items()}
-            x, y = x.to(dtype), None if y is None else y.to(dtype)
-        if isinstance(operator, str):
-            from translution.graph import call
+        if state is None:
+            return self(x), self._decoder.begin(params, x, self._encoded)
+        heads, state = self._decoder.go_on(params, x, state, self._encoded)
+        return self._projected(heads), state
 
-            return call(operator, params, x, y, mask, self.backend, self.algorithm, return_weights)
-        return translution.run(
-            operator,
-            params,
-            x,
-            y,
-            mask=mask,
-            backend=self.backend,
-            algorithm=self.algorithm,
-            return_weights=return_weights,
-        )
-
-    def _grid_of(self, x: Tensor) -> Grid | None:
-        """The grid that the number of tokens alone tells, None for the layer's own."""
-        layout = self.operator.layout
-        tokens = x.shape[-2] if x.dim() > 1 else 0
-        if tokens == (layout.num_queries if self.operator.uses_content else layout.num_keys):
-            return None
-        if isinstance(layout, PairTable) or layout.key_grid is not None or tokens <= layout.registers:
-            return None
-        if layout.rank == 1:
-            return (tokens - layout.registers,)
-        raise InputError(
-            "L1",
-            f"x has {tokens} tokens",
-            f"the layer's grid is {layout.grid} with {layout.registers} registers, {layout.num_queries} tokens",
-            f"Say which grid they are: grid=({', '.join(['...'] * layout.rank)})",
-        )
-
-    def _on(self, key: tuple[Grid, Grid | None]) -> tuple[Operator | str, tuple[Rows, ...]]:
-        if torch.compiler.is_compiling():
-            return _written_crop(self.operator, *key), _rows(self.operator, *key)
-        if key not in self._crops:
-            self._crops[key] = crop(self.operator, *key)
-        return self._crops[key].operator, self._crops[key].rows
-
-    def _selected(self, value: Tensor, rows: Rows, key: tuple[Any, ...]) -> Tensor:
-        numbers = rows.numbers
-        if isinstance(numbers, range):
-            return value.narrow(rows.axis, numbers.start, len(numbers))
-        if torch.compiler.is_compiling():
-            return value.index_select(rows.axis, torch.tensor(numbers, device=value.device))
-        own = (*key, rows.name, value.device)
-        if own not in self._row_index:
-            self._row_index[own] = torch.tensor(numbers, device=value.device)
-        return value.index_select(rows.axis, self._row_index[own])
+    def _encoded(self, role: str, features: Tensor) -> Tensor:
+        """What becomes of a role's features [.., heads, D] before they are multiplied; here nothing."""
+        return features
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the indices of grids seen so far."""
-        return {**self.__dict__, "_crops": {}, "_row_index": {}}
+        """Without what can be made again."""
+        return {**self.__dict__, "_decoder": None}
 
     def extra_repr(self) -> str:
         """The operator in a line."""
@@ -207,16 +204,19 @@ class OperatorLayer(OperatorModule):
             InputError: an array does not fit, or the grid has displacements without rows.
             NotSupported: backend and algorithm can't run this.
         """
-        out: Tensor = self._compute(x, y, mask, grid, key_grid)
+        out: Tensor = self._compute(self._whole, x, y, mask=mask, grid=grid, key_grid=key_grid)
         return out
 
 
-# What is called while torch.compile makes a graph, and whose result is a constant in it: text and numbers alone may be.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _written_crop(operator: Operator, grid: Grid, key_grid: Grid | None) -> str:
-    return operator_to_json(crop(operator, grid, key_grid).operator)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rows(operator: Operator, grid: Grid, key_grid: Grid | None) -> tuple[Rows, ...]:
-    return crop(operator, grid, key_grid).rows
+def _after_the_weighting(operator: Operator) -> Operator:
+    """An operator on one token, its heads side by side, that scales and projects them as the given one does."""
+    width = operator.num_heads * operator.value_head_dim
+    return Operator(
+        Lattice((1,)),
+        width,
+        operator.num_heads,
+        value=Identity(),
+        relevance=Ones(),
+        output=operator.output,
+        output_scale=operator.output_scale,
+    )
