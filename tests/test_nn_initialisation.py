@@ -6,6 +6,9 @@ enough to tell a factor (a sum forgotten, a scale not made up for) from noise is
 """
 
 import math
+import re
+import runpy
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -167,6 +170,21 @@ def test_resetting_draws_anew():
     layer.reset_parameters()
     assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
     assert all(torch.isfinite(p).all() for p in OperatorLayer(OPERATORS["alpha qkv"], dtype=torch.float16).parameters())
+
+
+def test_the_table_of_the_page_is_what_its_script_measures():
+    root = Path(__file__).resolve().parents[1]
+    script = runpy.run_path(str(root / "scripts" / "initial_logits.py"))
+    page = (root / "docs" / "layers.md").read_text()
+    rows = re.findall(r"^\| (attention|Translution|alpha) \| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        ("attention", "none"), *(("Translution", r) for r in ROLES), *(("alpha", r) for r in ROLES)
+    ]  # fmt: skip
+    size = {"registers": 1, "grid": script["GRID"], "dim": script["DIM"], "num_heads": script["NUM_HEADS"]}
+    for preset, wanted in ((presets.translution, "Translution"), (presets.alpha_translution, "alpha")):
+        written = next([float(n) for n in row[2:]] for row in rows if row[:2] == (wanted, "kv"))
+        for found, shown in zip(script["measure"](preset(roles="kv", **size)), written, strict=True):
+            assert abs(found / shown - 1) < 0.03
 
 
 def test_every_parameter_of_every_preset_has_its_start():
