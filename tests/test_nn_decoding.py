@@ -75,7 +75,7 @@ OTHERS = {
     "rotated tables": Operator(
         CAUSAL, 8, 2, Shared(8), Rotary(PerDisplacement(8)), Concat((Rotary(Shared(4)), PerDisplacement(4)))
     ),
-    "alibi": presets.alibi_attention((6,), 8, 2),
+    "alibi": presets.alibi_attention((6,), 8, 2, slopes=(0.3, 0.7)),
     "alpha, rotary": presets.alpha_translution((6,), 8, 2, rank=2, causal=True, rotary=True),
     "shaw": presets.shaw_attention((6,), 8, 2, causal=True, max_distance=2),
     "vectors": Operator(CAUSAL, 8, 2, Vectors(8), Vectors(8), Sum((Shared(8), Vectors(8)))),

@@ -146,7 +146,7 @@ def test_attention_dropout_drops_weights(make, roles):
 
 @pytest.mark.parametrize("roles", ["qkv", "v"])
 def test_gradients_through_attention_dropout(roles):
-    layer = AlphaTranslution1d(4, 2, attn_drop=0.5, grid=4, rank=1, roles=roles, dtype=DOUBLE)
+    layer = AlphaTranslution1d(2, 1, attn_drop=0.5, grid=3, rank=1, roles=roles, dtype=DOUBLE)
     names, values = zip(*layer.named_parameters(), strict=True)
     x = tokens(layer, 1).requires_grad_()
 
@@ -287,6 +287,7 @@ def test_a_smaller_input_size_is_a_crop():
         whole, x = copy.deepcopy(layer), torch.randn(2, 7, 8, dtype=DOUBLE)
         layer.set_input_size((2, 3))
         assert torch.equal(layer(x), whole(x, grid=(2, 3)))
+        assert torch.equal(layer(x[:, :5], grid=2), whole(x[:, :5], grid=(2, 2)))
         assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == dict(layer.operator.parameters)
         assert "grid=(2, 3)" in repr(layer)
         assert all(p.requires_grad for p in layer.parameters())

@@ -12,6 +12,13 @@ from translution.spec import Lattice, Operator
 Grid = tuple[int, ...]
 
 
+def extents(operator: Operator, grid: int | Grid) -> Grid:
+    """One extent per axis; one number serves every axis."""
+    if isinstance(grid, int):
+        return (grid,) * (operator.layout.rank if isinstance(operator.layout, Lattice) else 1)
+    return tuple(grid)
+
+
 @dataclass(frozen=True, slots=True)
 class ClassAxis:
     """Where a parameter has its rows, one per displacement class: ``axis`` of its shape, as the query or key sees a

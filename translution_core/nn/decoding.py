@@ -8,7 +8,6 @@ and its inputs for what does.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -204,10 +203,11 @@ class Decoder:
         assert bias is not None
 
         def at_rows(values: FloatArray) -> Tensor:
-            return torch.from_numpy(values[np.asarray(rows)]).to(x)
+            return torch.from_numpy(values)[rows].to(x)
 
         if bias.kind == "slopes":
-            return -at_rows(self._geometry.distances).unsqueeze(-1) * torch.tensor(bias.slopes).to(x)
+            slopes = torch.tensor(bias.slopes, dtype=torch.float64).to(x)
+            return -at_rows(self._geometry.distances).unsqueeze(-1) * slopes
         assert bias.parameter is not None
         if bias.kind == "quadratic":
             return at_rows(self._geometry.quadratic_features) @ params[bias.parameter].to(x.dtype).mT
@@ -309,9 +309,8 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 def _turned(features: Tensor, rotation: Rotation, sites: Sequence[int | None]) -> Tensor:
     """The slice of every pair turned by the site of its token; registers, None, are not."""
-    count = rotation.width // 2
-    frequency = rotation.base ** (-2.0 * np.arange(count) / rotation.width)
-    angles = torch.from_numpy(np.asarray([0 if s is None else s for s in sites])[:, None] * frequency)
+    frequency = rotation.base ** (-2.0 * torch.arange(rotation.width // 2, dtype=torch.float64) / rotation.width)
+    angles = torch.tensor([0.0 if s is None else s for s in sites], dtype=torch.float64).unsqueeze(-1) * frequency
     cos, sin = angles.cos().to(features).unsqueeze(-2), angles.sin().to(features).unsqueeze(-2)
     before, own, after = features.tensor_split((rotation.start, rotation.start + rotation.width), -1)
     if rotation.pairing == "interleaved":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import translution
 from translution.errors import InputError
-from translution.nn.cropping import Crop, Grid, Rows, crop
+from translution.nn.cropping import Crop, Grid, Rows, crop, extents
 from translution.spec import Operator, PairTable, operator_to_json
 
 
@@ -34,8 +34,8 @@ class GridOperator:
         y: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        grid: Grid | None = None,
-        key_grid: Grid | None = None,
+        grid: int | Grid | None = None,
+        key_grid: int | Grid | None = None,
         return_weights: bool = False,
     ) -> Any:
         """:func:`translution.run` on the tokens' grid. Under autocast tokens and parameters are cast as those of
@@ -45,7 +45,7 @@ class GridOperator:
         if grid is None and y is None:
             grid = self._grid_of(x)
         if grid is not None:
-            key = tuple(grid), None if key_grid is None else tuple(key_grid)
+            key = extents(self.operator, grid), None if key_grid is None else extents(self.operator, key_grid)
             operator, every = self._on(key)
             params = dict(params)
             for rows in every:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import translution
-from translution.nn.cropping import Grid
+from translution.nn.cropping import Grid, extents
 from translution.nn.decoding import Decoder, DecodingState
 from translution.nn.grid_operator import GridOperator
 from translution.nn.initialisation import initial_values
@@ -95,7 +95,7 @@ class OperatorModule(nn.Module):
         return found | {name for name in self.operator.parameters if name.startswith("relevance.")}
 
     @torch.no_grad()
-    def set_input_size(self, grid: Grid, interpolate: bool = False) -> None:
+    def set_input_size(self, grid: int | Grid, interpolate: bool = False) -> None:
         """Make ``grid`` the layer's own from now on.
 
         Where every displacement has its row it keeps it exactly: a smaller grid is a crop, and with a window or shared
@@ -103,7 +103,7 @@ class OperatorModule(nn.Module):
         optimiser. Rows of registers stay.
 
         Args:
-            grid: the new extents, one per axis.
+            grid: the new extents, one per axis or one for all.
             interpolate: where a displacement has no row, stretch every axis that grows so that its farthest
                 displacement stays the farthest, and read the tables in between (multilinear). False refuses that.
 
@@ -111,7 +111,7 @@ class OperatorModule(nn.Module):
             InputError: ``grid`` has displacements without rows and ``interpolate`` is False, or the operator has no
                 lattice, or keys of their own.
         """
-        operator, found = resized(self.operator, self.operator_parameters(), tuple(grid), interpolate)
+        operator, found = resized(self.operator, self.operator_parameters(), extents(self.operator, grid), interpolate)
         for name, value in found.items():
             *groups, last = self._paths[name]
             setattr(
@@ -188,8 +188,8 @@ class OperatorLayer(OperatorModule):
         y: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        grid: Grid | None = None,
-        key_grid: Grid | None = None,
+        grid: int | Grid | None = None,
+        key_grid: int | Grid | None = None,
     ) -> Tensor:
         """out [.., Nq, F] of x [.., Nq, Cq] and of y [.., Nk, Ck], which is x where it is not given.
 

@@ -147,7 +147,7 @@ class RelativeAttention(OperatorModule):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        grid: Grid | None = None,
+        grid: int | Grid | None = None,
     ) -> Tensor:
         """out [.., N, dim] of x [.., N, dim], registers first.
 
@@ -210,7 +210,7 @@ class RelativeAttention(OperatorModule):
         return (out if state is None else self.proj_drop(out)), after
 
 
-def _with_dropped_weights(layer: RelativeAttention, x: Tensor, mask: Tensor | None, grid: Grid | None) -> Tensor:
+def _with_dropped_weights(layer: RelativeAttention, x: Tensor, mask: Tensor | None, grid: int | Grid | None) -> Tensor:
     """Values added up with dropped weights, [.., N, H * D].
 
     The logarithms of what is left are taken as logits; the sum of what is left, by which their softmax divides, as a
