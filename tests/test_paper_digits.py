@@ -286,11 +286,13 @@ def test_the_command_shows_and_writes_everything(tmp_path: Path, monkeypatch: py
     (["--models", "attention,atention"], "--models attention,atention: choose among"),
     (["--size", "huge"], "--size huge: choose one of small, paper"),
     (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
+    (["--output", "a file"], "--output a file: give a folder"),
     (["--json", "nowhere/out.json"], "--json nowhere/out.json"),
     (["--data", "nowhere"], "nowhere has neither train-images-idx3-ubyte"),
 ], ids=str)  # fmt: skip
 def test_wrong_use_is_told(options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("a file").touch()
     done = CliRunner().invoke(app, ["paper", "digits", *options])
     assert done.exit_code == 2
     assert said in done.output

@@ -131,7 +131,7 @@ def images(
 
     Under torchrun the processes share every batch. Goes on where it was interrupted.
     """
-    with _Experiment(device, 1, output, json_file) as experiment:
+    with _Experiment(device, None, output, json_file) as experiment:
         from translution.paper.description import SIZES
         from translution.paper.experiments.images import Recipe, run_images
         from translution.paper.experiments.models import CNN, MODELS
@@ -202,7 +202,11 @@ class _Experiment:
         self._processes = processes(self._device)
         part = self._processes.__enter__()
         self.is_first = part.rank == 0
-        if self._device == "cpu" and part.size == 1:
+        alone = self._device == "cpu" and part.size == 1
+        if self._jobs is not None and not alone:
+            self._processes.__exit__(None, None, None)
+            raise wrong_use("--jobs: several trainings at a time are for the CPU, without torchrun")
+        if alone:
             from translution.plan_file import fingerprint
 
             self.jobs = int(fingerprint()["machine"]["cores"]) if self._jobs is None else self._jobs
@@ -215,7 +219,7 @@ class _Experiment:
         from translution.errors import InputError
         from translution.paper.training import TrainingError
 
-        if isinstance(error, (TrainingError, InputError)):
+        if isinstance(error, (TrainingError, InputError, PermissionError, NotADirectoryError)):
             raise wrong_use(str(error)) from error
         if isinstance(error, ModuleNotFoundError):
             raise wrong_use(_missing(error)) from error

@@ -33,16 +33,21 @@ class Checkpoint:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
-def gathered(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def gathered(model: nn.Module, optimiser: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
     """Parameters, buffers and the optimiser's state, whole and on the CPU, under one name each.
 
-    Where they are sharded every process has to call.
+    Where they are sharded every process has to call; those that don't ``keep`` them get nothing.
     """
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         state = optimiser.state.get(parameter, {})
         tensors |= {f"optimiser/{name}/{key}": value for key, value in state.items()}
-    return {name: _whole(value).detach().cpu().contiguous() for name, value in tensors.items()}
+    found = {}
+    for name, value in tensors.items():
+        whole = _whole(value)
+        if keep:
+            found[name] = whole.detach().cpu().contiguous()
+    return found
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def train(
     update: Update = silently,
     label: str = "training",
 ) -> Trained:
-    """Train ``model`` in place, or go on where the checkpoint in ``folder`` stands.
+    """Train ``model`` in place, or go on where the checkpoint in ``folder`` stands. Sets torch's seed at every step.
 
     Under ``torchrun``, within :func:`translution.paper.training.processes`, every process calls it in the same way.
 
@@ -119,7 +119,7 @@ def train(
                     log.add(step=step + 1, evaluation=evaluation)
             if last or (step + 1) % settings.checkpoint_every == 0:
                 reached = Checkpoint(step + 1, clock.seconds, clock.processor_seconds, belongs, evaluation)
-                tensors = checkpoints.gathered(model, optimiser)
+                tensors = checkpoints.gathered(model, optimiser, keep=log is not None)
                 if log is not None:
                     log.to_disk()
                     checkpoints.save(folder, reached, tensors)

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and a log that grows line by line."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,12 +26,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         beside.unlink(missing_ok=True)
         # safetensors has an exception of its own for what the system refuses.
         if isinstance(error, OSError) or type(error).__module__.startswith("safetensors"):
-            raise TrainingError(
-                f"{path} could not be written ({error})",
-                "what was saved before is still there and whole",
-                "Make room, or give a folder that can be written, and start the same command again",
-            ) from error
+            raise _not_written(path, error) from error
         raise
+
+
+def _not_written(path: Path, error: BaseException) -> TrainingError:
+    return TrainingError(
+        f"{path} could not be written ({error})",
+        "what was saved before is still there and whole",
+        "Make room, or give a folder that can be written, and start the same command again",
+    )
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -68,20 +73,28 @@ class Log:
         kept = [line for line in read_log(path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def add(self, **line: Any) -> None:
         """Append a line."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _not_written(self._path, error) from error
 
     def to_disk(self) -> None:
         """Wait until every line is on the disk."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _not_written(self._path, error) from error
 
     def close(self) -> None:
         """Nothing can be added any more."""
-        self._file.close()
+        # What could not be written is not tried again.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

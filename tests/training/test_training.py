@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from translution.paper.training import Part, Settings, Trained, TrainingError, train
 from translution.paper.training.checkpoint import NAME
-from translution.paper.training.files import read_json, read_log, write_json
+from translution.paper.training.files import Log, read_json, read_log, write_json
 from translution.paper.training.optimiser import parameter_groups
 from translution.paper.training.seeds import samples_of_step, seed_of
 
@@ -182,6 +182,21 @@ def test_a_full_disk_loses_nothing_that_was_saved(program: Any, tmp_path: Path) 
     assert read_json(tmp_path / NAME)["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "log.jsonl", "step-000000002.safetensors"]
     assert start(program, tmp_path).resumed_at == 2
+
+
+def test_a_log_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = Log(tmp_path / "log.jsonl", 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+        for step in range(2):
+            log.add(step=step, loss=0.5)
+        with pytest.raises(TrainingError, match=r"log.jsonl could not be written"):
+            log.add(step=2, loss=0.5)
+    finally:
+        log.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [0, 1]
 
 
 def test_a_loss_that_is_no_number_stops_with_its_step(program: Any, tmp_path: Path) -> None:
