@@ -107,6 +107,16 @@ def test_every_causal_operator_steps(name):
     assert torch.allclose(out, layer(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_any_batch_dimensions(batch):
+    layer = AlphaTranslution1d(8, 2, grid=4, causal=True, rank=1, registers=1, dtype=torch.float64)
+    x = torch.randn(*batch, 5, 8, dtype=torch.float64)
+    out, state = layer.step(x[..., :3, :])
+    for place in (3, 4):
+        out, state = layer.step(x[..., place : place + 1, :], state)
+        assert torch.allclose(out, layer(x)[..., place : place + 1, :], rtol=0, atol=1e-12)
+
+
 def test_normalised_queries_and_keys_step():
     layer = Translution1d(8, 2, True, True, grid=6, causal=True, roles="v", registers=1, dtype=torch.float64)
     torch.nn.init.normal_(layer.k_norm.weight)
@@ -209,5 +219,7 @@ def test_what_can_not_step_says_so():
     _, state = layer.step(torch.randn(1, 2, 8))
     with pytest.raises(InputError, match=r"token 2 of the sequence.*displacements up to 1"):
         layer.step(x, state)
+    with pytest.raises(InputError, match="2 registers and at least one token"):
+        Translution1d(8, 2, grid=2, causal=True, registers=2).step(torch.randn(1, 2, 8))
     with pytest.raises(InputError, match="takes one token"):
         layer.step(torch.randn(1, 2, 8), state)

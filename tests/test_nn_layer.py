@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import translution
-from translution.errors import InputError, UnknownName
+from translution.errors import InputError, NotSupported, UnknownName
 from translution.nn import OperatorLayer
 from translution.spec import Clip, Lattice, PairTable, PerDisplacement, Shared, SpecError, presets
 from translution.spec import Operator as Spec
@@ -246,6 +246,8 @@ def test_what_does_not_fit_is_said():
         layer(torch.randn(1, 6, 8), grid=(0, 2))
     with pytest.raises(InputError, match="pair table"):
         OperatorLayer(OPERATORS["pairs"])(torch.randn(1, 1, 4), grid=(1,))
+    with pytest.raises(NotSupported, match="not on meta"):
+        OperatorLayer(FULL, device="meta")(torch.empty(1, 10, 8, device="meta"))
     with pytest.raises(UnknownName):
         OperatorLayer(FULL, algorithm="pairwize")
     with pytest.raises(UnknownName):

@@ -320,12 +320,32 @@ def test_a_larger_input_size_interpolates_between_displacements():
 
 def test_one_axis_may_shrink_while_another_grows():
     layer = Translution2d(2, 1, grid=(3, 2), causal=(False, True), dtype=DOUBLE)
-    old = {label: layer.get_parameter("value.table")[row] for row, label in enumerate(layer.operator.layout.labels())}
+    # A causal axis has displacements 0 and 1, which keys see as -1 and 0.
+    old = {
+        name: dict(zip(itertools.product(range(-2, 3), seen), layer.get_parameter(f"{name}.table"), strict=True))
+        for name, seen in (("value", (0, 1)), ("key", (-1, 0)))
+    }
     layer.set_input_size((2, 3), interpolate=True)
-    table = layer.get_parameter("value.table")
-    for row, (r, c) in enumerate(itertools.product((-1, 0, 1), (0, 1, 2))):
-        expected = {0: old[r, 0], 1: (old[r, 0] + old[r, 1]) / 2, 2: old[r, 1]}[c]
-        assert torch.allclose(table[row], expected, rtol=0, atol=1e-15)
+    for name, seen in (("value", (0, 1, 2)), ("key", (-2, -1, 0))):
+        table, own = layer.get_parameter(f"{name}.table"), old[name]
+        assert len(table) == 9
+        for row, (r, c) in enumerate(itertools.product((-1, 0, 1), seen)):
+            below, above = own[r, c // 2], own[r, -(-c // 2)]
+            assert torch.allclose(table[row], (below + above) / 2, rtol=0, atol=1e-15)
+
+
+def test_a_causal_axis_that_shrinks_keeps_what_is_near():
+    """Queries and values have it first, keys, which see it from the other side, last."""
+    layer = Translution2d(2, 1, grid=(2, 3), causal=(False, True), dtype=DOUBLE)
+    old = {
+        name: dict(zip(itertools.product((-1, 0, 1), seen), layer.get_parameter(f"{name}.table"), strict=True))
+        for name, seen in (("query", (0, 1, 2)), ("key", (-2, -1, 0)))
+    }
+    layer.set_input_size((3, 2), interpolate=True)
+    for name, seen in (("query", (0, 1)), ("key", (-1, 0))):
+        table, own = layer.get_parameter(f"{name}.table"), old[name]
+        for row, (r, c) in enumerate(itertools.product(range(-2, 3), seen)):
+            assert torch.allclose(table[row], (own[r // 2, c] + own[-(-r // 2), c]) / 2, rtol=0, atol=1e-15)
 
 
 def test_windows_and_shared_classes_change_no_parameter():

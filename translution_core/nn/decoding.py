@@ -60,7 +60,14 @@ class Decoder:
 
     def begin(self, params: Mapping[str, Tensor], x: Tensor, hook: Hook) -> DecodingState:
         """The state after a whole beginning [.., registers + n, C]."""
-        length = x.shape[-2] - self._layout.registers
+        length = x.shape[-2] - self._layout.registers if x.dim() > 1 else 0
+        if length < 1:
+            raise InputError(
+                "D1",
+                f"a beginning of shape {tuple(x.shape)}",
+                f"without a state a step takes {self._layout.registers} registers and at least one token after them",
+                "Give the beginning as [.., tokens, channels]",
+            )
         with torch.autocast(x.device.type, enabled=False):
             return self._trimmed(DecodingState(0, length, self._kept(params, _wide(x), hook)))
 

@@ -51,7 +51,7 @@ class GridOperator:
             for rows in every:
                 params[rows.name] = self._selected(params[rows.name], rows, key)
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             params = {name: value.to(dtype) for name, value in params.items()}
             x, y = x.to(dtype), None if y is None else y.to(dtype)

@@ -139,7 +139,8 @@ class OperatorModule(nn.Module):
             self._decoder = Decoder(self.operator)
         params = self.operator_parameters()
         if state is None:
-            return self(x), self._decoder.begin(params, x, self._encoded)
+            state = self._decoder.begin(params, x, self._encoded)
+            return self(x), state
         heads, state = self._decoder.go_on(params, x, state, self._encoded)
         return self._projected(heads), state
 
