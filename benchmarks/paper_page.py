@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from string import Template
@@ -73,7 +73,7 @@ def _where(found: Mapping[str, Any], hours: float) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     machine = found["machine"]
     return _wrapped(
-        f"`{found['command']}`: {found['seeds']} seeds; {machine['processor']}, {machine['cores']} cores; {versions}; "
+        f"`{found['command']}`: {found['seeds']} seed{'s' * (found['seeds'] > 1)}; {machine['processor']}, {machine['cores']} cores; {versions}; "
         f"{60 * hours:.0f} minutes of one processor in all."
     )
 
@@ -121,6 +121,11 @@ def _verdict(found: Mapping[str, Any], figure: int, better: int) -> str:
     return f"{own['attention']['name'].capitalize()}: {'; '.join(said)}." if said else ""
 
 
+def _verdicts(found: Mapping[str, Any], figures: Iterable[int], better: int) -> list[str]:
+    said = [f"- {verdict}" for figure in figures if (verdict := _verdict(found, figure, better))]
+    return ["", *said] if said else ["", "One seed has no interval, so nothing is said of differences."]
+
+
 def _hours(found: Mapping[str, Any]) -> float:
     return float(sum(run["processor_seconds"] for run in found["runs"])) / 3600
 
@@ -132,7 +137,7 @@ def _digits(found: Mapping[str, Any] | None) -> list[str]:
     smaller = SMALLER.format(**scale["size"], train=found["data"]["digits"]["train"], steps=scale["steps"],
                              batch_size=scale["batch_size"])  # fmt: skip
     lines = [_wrapped(smaller), "", _where(found, _hours(found)), "", "Accuracy in percent:", "", *_experiment(found)]
-    lines += ["", *(f"- {_verdict(found, figure, better=1)}" for figure in range(3))]
+    lines += _verdicts(found, range(3), better=1)
     plots = ("digits-distance.png", "digits-training.png")
     lines += ["", *(f"![{plot.split('-')[1].split('.')[0]}](results/{plot})" for plot in plots)]
     return lines
@@ -150,8 +155,7 @@ def _text(found: Mapping[str, Any] | None) -> list[str]:
     lines = [_wrapped(what), "", _where(found, _hours(found)), "", *_experiment(found)]
     return [
         *lines,
-        "",
-        f"- {_verdict(found, 0, better=-1)}",
+        *_verdicts(found, (0,), better=-1),
         "",
         "![training](results/text-training.png)",
     ]

@@ -243,7 +243,9 @@ class _Experiment:
 
         names = [figure.name for figure in rows[0].figures]
         numbers = ("parameters", *(column for name in names for column in (name, PAPER)), "processor seconds each")
-        table = titled_table(f"{title}: means over {found['seeds']} seeds", "model", *numbers, numbers=numbers)
+        table = titled_table(
+            f"{title}: means over {found['seeds']} seed{'s' * (found['seeds'] > 1)}", "model", *numbers, numbers=numbers
+        )
         beyond = titled_table(f"beyond attention, seed by seed; {INTERVAL}", "model", *names, numbers=names)
         for row in rows:
             cells = ((f.measured.shown(digits=2), "" if f.paper is None else f"{f.paper:.2f}") for f in row.figures)
