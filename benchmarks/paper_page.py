@@ -72,8 +72,9 @@ def _shown(found: Mapping[str, Any], sign: bool = False) -> str:
 def _where(found: Mapping[str, Any], hours: float) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     machine = found["machine"]
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
     return _wrapped(
-        f"`{found['command']}`: {found['seeds']} seed{'s' * (found['seeds'] > 1)}; {machine['processor']}, {machine['cores']} cores; {versions}; "
+        f"`{found['command']}`: {seeds}; {machine['processor']}, {machine['cores']} cores; {versions}; "
         f"{60 * hours:.0f} minutes of one processor in all."
     )
 
