@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "backends.torch": {"numpy", "torch"},
     "backends.triton": {"numpy", "torch", "triton"},
     "conformance": {"numpy", "torch", "hypothesis", "pytest"},
-    "paper": {"numpy", "torch", "PIL", "filelock", "matplotlib", "mlxtend", "safetensors"},
+    "paper": {"numpy", "torch", "PIL", "filelock", "matplotlib", "mlxtend", "safetensors", "scipy"},
 }
 # Distributions whose name is not that of their module.
 DISTRIBUTIONS = {"PIL": "pillow"}

@@ -218,8 +218,9 @@ class _Experiment:
         self._processes.__exit__(kind, error, trace)
         from translution.errors import InputError
         from translution.paper.training import TrainingError
+        from translution.spec import SpecError
 
-        if isinstance(error, (TrainingError, InputError, PermissionError, NotADirectoryError)):
+        if isinstance(error, (TrainingError, InputError, SpecError, PermissionError, NotADirectoryError)):
             raise wrong_use(str(error)) from error
         if isinstance(error, ModuleNotFoundError):
             raise wrong_use(_missing(error)) from error

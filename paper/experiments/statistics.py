@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import t
+
 CONFIDENCE = 0.95
 
 
@@ -37,8 +39,6 @@ def estimate(values: Sequence[float]) -> Estimate:
     count = len(values)
     if count == 1:
         return Estimate(values[0], None, tuple(values))
-    from scipy.stats import t
-
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
     return Estimate(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count), tuple(values))
 
