@@ -66,12 +66,7 @@ def digits(
         if experiment.is_first:
             experiment.show(f"Dynamic MNIST, {size}, accuracy in %", digit_rows(found), found)
             plot_distance(distance_curves(found), output / "distance.png")
-            logs = {
-                f"{model}, {trained_on}": sorted(output.glob(f"{trained_on}-{model}-seed-*/log.jsonl"))
-                for model in names
-                for trained_on in ("static", "dynamic")
-            }
-            plot_training(logs, "dynamic", output / "training.png")
+            plot_training(_logs(found, output, "model", "trained_on"), "dynamic", output / "training.png")
 
 
 def text(
@@ -108,8 +103,7 @@ def text(
         if experiment.is_first:
             title = f"{found['data']['source']}, {size}, held out (the paper's figures: OpenWebText, GPT-2's tokens)"
             experiment.show(title, text_rows(found), found)
-            logs = {model: sorted(output.glob(f"{model}-seed-*/log.jsonl")) for model in names}
-            plot_training(logs, "nats", output / "training.png")
+            plot_training(_logs(found, output, "model"), "nats", output / "training.png")
 
 
 def images(
@@ -153,8 +147,7 @@ def images(
         )
         if experiment.is_first:
             experiment.show(f"{size}/{patch}, accuracy in % (the paper's: ImageNet-1K)", image_rows(found), found)
-            logs = {model: sorted(output.glob(f"{model}-seed-*/log.jsonl")) for model in names}
-            plot_training(logs, "top1", output / "training.png")
+            plot_training(_logs(found, output, "model"), "top1", output / "training.png")
 
 
 def _chosen(name: str, known: Any) -> Any:
@@ -176,6 +169,14 @@ def _names(given: str, known: Iterable[str]) -> list[str]:
     if unknown or not names:
         raise wrong_use(f"--models {given}: choose among {', '.join(known)}, or all")
     return list(dict.fromkeys(names))
+
+
+def _logs(found: dict[str, Any], output: Path, *keys: str) -> dict[str, list[Path]]:
+    """The logs of the runs, under what ``keys`` say of them."""
+    logs: dict[str, list[Path]] = {}
+    for run in found["runs"]:
+        logs.setdefault(", ".join(run[key] for key in keys), []).append(output / run["folder"] / "log.jsonl")
+    return logs
 
 
 class _Experiment:

@@ -226,7 +226,9 @@ def run_digits(
         "jobs": jobs,
         "models": list(models),
         "runs": [
-            {key: run.about[key] for key in ("model", "trained_on", "seed")} | result
+            {key: run.about[key] for key in ("model", "trained_on", "seed")}
+            | {"folder": run.folder(root).name}
+            | result
             for run, result in zip(runs, results, strict=True)
         ],
     }

@@ -223,7 +223,7 @@ def run_images(
         "device": device,
         "models": list(models),
         "runs": [
-            {key: run.about[key] for key in ("model", "seed")} | result
+            {key: run.about[key] for key in ("model", "seed")} | {"folder": run.folder(root).name} | result
             for run, result in zip(runs, results, strict=True)
         ],
     }

@@ -48,7 +48,7 @@ def _line(axes: Any, curve: Mapping[int, Estimate], label: str, colour: str) -> 
 def plot_training(logs: Mapping[str, list[Path]], evaluated: str, path: Path) -> None:
     """The loss of every tenth of training, and ``evaluated`` of the held-out data; means over the logs of a label."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        figure = Figure(figsize=(9.5, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for (label, files), colour in zip(logs.items(), cycle(COLOURS), strict=False):
             read = [list(read_log(file)) for file in files]
@@ -59,8 +59,8 @@ def plot_training(logs: Mapping[str, list[Path]], evaluated: str, path: Path) ->
             common = sorted(set.intersection(*(set(one) for one in held_out)))
             _line(right, {step: estimate([one[step] for one in held_out]) for step in common}, label, colour)
         left.set(xlabel="step", ylabel="loss")
-        right.set(xlabel="step", ylabel=evaluated)
-        right.legend(frameon=False)
+        right.set(xlabel="step", ylabel=f"not trained on: {evaluated}")
+        right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, path)
 
 

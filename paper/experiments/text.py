@@ -189,7 +189,7 @@ def run_text(
         "jobs": jobs,
         "models": list(models),
         "runs": [
-            {key: run.about[key] for key in ("model", "seed")} | result
+            {key: run.about[key] for key in ("model", "seed")} | {"folder": run.folder(root).name} | result
             for run, result in zip(runs, results, strict=True)
         ],
     }
