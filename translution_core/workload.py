@@ -79,10 +79,12 @@ class Workload:
 
         def forward_backward() -> None:
             out = run(operator, params, x, **more)
-            torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+            torch.autograd.grad(out, leaves, ones, allow_unused=True)
             wait()
 
         if not self.request.gradient:
             return forward
+        shape = (self.request.batch, operator.layout.num_queries, operator.out_features)
+        ones = torch.ones(shape, dtype=getattr(torch, self.request.dtype), device=device)
         leaves = [value.requires_grad_() for value in (x, more["y"], *params.values()) if value is not None]
         return forward_backward

@@ -30,7 +30,7 @@ from translution.normal_form import NormalForm
 
 # The workspaces of a part of the batch, unless one item alone has more. Parts share the reading of the tables less than
 # larger parts would, and each has its own small operations.
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 30 << 20
 # A first logit beyond this, or a sum outside these, and the largest logit is looked for.
 FAR_LOGIT = 30.0
 SUMS = 1e-18, 1e18

@@ -27,7 +27,7 @@ ENOUGH_LINKS = 128
 class Band:
     """Rows ``base + sum_k n_k strides_k`` with 0 <= n_k < sizes_k, last axis fastest; or the rows ``index`` lists.
 
-    A list has a ``number`` of its own, and its rows may repeat.
+    A list has a ``number`` of its own, and its rows may repeat; ``base`` tells the pieces of one apart.
     """
 
     base: int
@@ -94,8 +94,12 @@ class Place:
         return sum(band.length for band in self.bands)
 
     def part(self, start: int, stop: int) -> "Place":
-        """Some of the rows, of each displacement."""
-        return replace(self, first=self.first + start, count=stop - start)
+        """Some of the rows, of each displacement; those of a list are a list of their own."""
+        (band, *others), count = self.bands, stop - start
+        if others or band.index is None:
+            return replace(self, first=self.first + start, count=count)
+        own = replace(band, base=start, index=band.index[start:stop])
+        return replace(self, bands=(own,), count=count)
 
 
 @dataclass(frozen=True, slots=True)
