@@ -181,10 +181,9 @@ def test_one_tensor_under_two_names_gets_the_gradient_of_both():
     assert_close([found], [expected])
 
 
-@pytest.mark.parametrize(("side", "batch"), [(5, 100), (7, 8), (7, 32), (7, 128), (14, 16), (14, 64), (28, 4)])
+@pytest.mark.parametrize(("side", "batch"), [(5, 100), (7, 8), (7, 32), (7, 128), (14, 16), (14, 32)])
 def test_training_takes_no_more_than_attention(side, batch):
-    """6 x B N C' floats and 32 MB beyond tokens, parameters, the result's gradient and those of the parameters; counted,
-    nothing is allocated."""
+    """6 x B N C' floats and 32 MB beyond what is given, its gradients and those of the parameters; only counted."""
     operator = presets.translution((side, side), 192, 3, registers=1)
     expected = predict(backend, Request(operator, batch, gradient=True), "stream")
     beyond = expected.working_bytes - expected.parameter_bytes
