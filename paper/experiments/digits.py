@@ -18,51 +18,28 @@ from torch import Tensor, nn
 
 from translution.errors import UnknownName
 from translution.paper.description import SIZES, Size
+from translution.paper.experiments.budget import Budget
 from translution.paper.experiments.digit_data import Split, anywhere, at_distance, farthest, load_digits, placed
-from translution.paper.experiments.models import CNN, MODELS, build, count_parameters
+from translution.paper.experiments.models import CNN, DEFAULT_MODELS, MODELS, build, count_parameters
 from translution.paper.experiments.runs import Run, run_all
-from translution.paper.training import Part, Settings, generator, seed_of, train
+from translution.paper.training import Part, generator, seed_of, train
 from translution.paper.training.distribution import ratios, this_part
 from translution.paper.training.seeds import samples_of_step
 from translution.progress import Update, silently
 
 TRAINED_ON = ("static", "dynamic")
-DEFAULT_MODELS = ("attention", "rope", "alpha", "translution")
 # Each digit of the test split is seen at so many places.
 PLACES = 2
 EVALUATION_BATCH = 250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class Scale(Budget):
     """Images, models and budget of the experiment; the same for every model."""
 
-    size: Size
-    rank: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float = 0.05
-    gradient_clip: float = 1.0
     image_size: int = 84
     patch_size: int = 12
     pooling: str = "cls"
-
-    def training(self, seed: int, device: str) -> Settings:
-        """Of one run."""
-        return Settings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
-            gradient_clip=self.gradient_clip,
-            seed=seed,
-            evaluate_every=max(1, self.steps // 5),
-            checkpoint_every=max(1, self.steps // 20),
-            device=device,
-        )
 
 
 # Small has the paper's images and grid, 7 x 7 patches of 12 pixels, and a narrower, shallower model.

@@ -24,7 +24,7 @@ from translution.paper.experiments.image_transforms import (
     random_resized_crop,
     soft_targets,
 )
-from translution.paper.experiments.models import CNN, MODELS, build, count_parameters
+from translution.paper.experiments.models import CNN, DEFAULT_MODELS, MODELS, build, count_parameters
 from translution.paper.experiments.runs import Run, run_all
 from translution.paper.training import Part, Settings, TrainingError, seed_of, train
 from translution.paper.training.distribution import this_part
@@ -32,7 +32,6 @@ from translution.paper.training.seeds import samples_of_step
 from translution.paper.training.settings import Parallel, Precision
 from translution.progress import Update, silently
 
-DEFAULT_MODELS = ("attention", "rope", "alpha", "translution")
 EVALUATION_BATCH = 128
 
 

@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[Kind, bool, str]] = {
     "translution": ("full", False, "Translution"),
 }
 CNN = "cnn"
+DEFAULT_MODELS = ("attention", "rope", "alpha", "translution")
 
 
 def describe(name: str, **fields: Any) -> ModelDescription:

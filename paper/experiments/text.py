@@ -18,45 +18,22 @@ from torch import Tensor, nn
 
 from translution.errors import UnknownName
 from translution.paper.description import SIZES, Size
-from translution.paper.experiments.models import MODELS, build, count_parameters
+from translution.paper.experiments.budget import Budget
+from translution.paper.experiments.models import DEFAULT_MODELS, MODELS, build, count_parameters
 from translution.paper.experiments.runs import Run, run_all
 from translution.paper.experiments.text_data import Corpus, load_corpus
-from translution.paper.training import Part, Settings, TrainingError, generator, seed_of, train
+from translution.paper.training import Part, TrainingError, generator, seed_of, train
 from translution.progress import Update, silently
 
-DEFAULT_MODELS = ("attention", "rope", "alpha", "translution")
 EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
-    """Models and budget of the experiment; the same for every model."""
+class Scale(Budget):
+    """Models and budget of the experiment; ``length`` tokens of a window."""
 
-    size: Size
-    rank: int
     length: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float = 0.05
-    gradient_clip: float = 1.0
     held_out_windows: int = 512
-
-    def training(self, seed: int, device: str) -> Settings:
-        """Of one run."""
-        return Settings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup_steps=min(self.warmup_steps, self.steps // 2),
-            weight_decay=self.weight_decay,
-            gradient_clip=self.gradient_clip,
-            seed=seed,
-            evaluate_every=max(1, self.steps // 5),
-            checkpoint_every=max(1, self.steps // 20),
-            device=device,
-        )
 
 
 SCALES = {

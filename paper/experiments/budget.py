@@ -1,0 +1,35 @@
+"""What every model of an experiment is given: a size, and so many updates."""
+
+from dataclasses import dataclass
+
+from translution.paper.description import Size
+from translution.paper.training import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Size of the models and length of their training; the same for every model of an experiment."""
+
+    size: Size
+    rank: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.05
+    gradient_clip: float = 1.0
+
+    def training(self, seed: int, device: str) -> Settings:
+        """Of one run."""
+        return Settings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(self.warmup_steps, self.steps // 2),
+            weight_decay=self.weight_decay,
+            gradient_clip=self.gradient_clip,
+            seed=seed,
+            evaluate_every=max(1, self.steps // 5),
+            checkpoint_every=max(1, self.steps // 20),
+            device=device,
+        )
