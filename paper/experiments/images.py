@@ -185,11 +185,14 @@ def run_images(
     *,
     models: Sequence[str] = DEFAULT_MODELS,
     seeds: int = 1,
+    first_seed: int = 0,
     device: str = "cpu",
     jobs: int = 1,
     update: Update = silently,
 ) -> dict[str, Any]:
     """All runs, or those that are missing in ``root``; every setting and every result as JSON data.
+
+    The seeds are ``seeds`` numbers from ``first_seed`` on.
 
     Raises:
         TrainingError: the folder has no images, or one of them can't be read.
@@ -210,7 +213,7 @@ def run_images(
     }  # fmt: skip
     runs = [
         Run(f"{model} seed {seed}", {**shared, "model": model, "seed": seed})
-        for seed in range(seeds)
+        for seed in range(first_seed, first_seed + seeds)
         for model in models
     ]
     results = run_all(partial(work, data, device), runs, root, jobs=jobs, update=update)

@@ -140,12 +140,16 @@ def run_text(
     *,
     models: Sequence[str] = DEFAULT_MODELS,
     seeds: int = 3,
+    first_seed: int = 0,
     data: Path | None = None,
     device: str = "cpu",
     jobs: int = 1,
     update: Update = silently,
 ) -> dict[str, Any]:
-    """All runs, or those that are missing in ``root``; every setting and every result as JSON data."""
+    """All runs, or those that are missing in ``root``; every setting and every result as JSON data.
+
+    The seeds are ``seeds`` numbers from ``first_seed`` on.
+    """
     for name in models:
         if name not in MODELS:
             raise UnknownName("model", name, MODELS)
@@ -153,7 +157,7 @@ def run_text(
     shared = {"experiment": "text", "steps": scale.steps, "scale": asdict(scale), "data": about, "device": device}
     runs = [
         Run(f"{model} seed {seed}", {**shared, "model": model, "seed": seed})
-        for seed in range(seeds)
+        for seed in range(first_seed, first_seed + seeds)
         for model in models
     ]
     results = run_all(partial(work, data, device), runs, root, jobs=jobs, update=update)
