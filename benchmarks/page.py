@@ -7,6 +7,7 @@ from statistics import median
 
 from aims import judged
 from families import NAMES, TIMED
+from markdown import table
 from plots import plot_growth, plot_shares
 from reading import (
     SHARES,
@@ -99,8 +100,7 @@ Of a process of its own, beyond tokens and parameters; gradients of the paramete
 
 
 def _table(head: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
-    marks = ["---" if column < texts else "---:" for column in range(len(head))]
-    return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)] + [""]
+    return [*table(head, rows, texts), ""]
 
 
 def _wrapped(text: str) -> str:

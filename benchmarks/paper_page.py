@@ -14,9 +14,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from markdown import table
 from reading import Data, ratio, seconds, spread
 
 from translution.display import formatted_bytes
+from translution.paper.experiments.statistics import Estimate
 from translution.paper.parameter_table import paper_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -42,11 +44,6 @@ features and {depth} layers instead of 192 and 6, {train:,} digits to train on i
 NOT_RUN = "Not run yet at any size. `{command}` does it."
 
 
-def _table(head: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
-    marks = ["---" if column < texts else "---:" for column in range(len(head))]
-    return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]
-
-
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
 
@@ -61,12 +58,7 @@ def _parameters() -> list[str]:
     wrong = [row.name for row in paper_rows() if row.description.num_parameters != row.exact]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: the models' descriptions give another number of parameters")
-    return _table(["", "the paper", "here"], rows)
-
-
-def _shown(found: Mapping[str, Any], sign: bool = False) -> str:
-    mean = f"{found['mean']:{'+' if sign else ''}.2f}"
-    return mean if found["half_width"] is None else f"{mean} ± {found['half_width']:.2f}"
+    return table(["", "the paper", "here"], rows)
 
 
 def _where(found: Mapping[str, Any], hours: float) -> str:
@@ -85,27 +77,30 @@ def _experiment(found: Mapping[str, Any]) -> list[str]:
     rows, beyond = [], []
     for row in found["summary"]:
         figures = row["figures"]
-        pairs = [[_shown(f["measured"]), "" if f["paper"] is None else f"{f['paper']:.2f}"] for f in figures]
+        pairs = [
+            [Estimate(**f["measured"]).shown(digits=2), "" if f["paper"] is None else f"{f['paper']:.2f}"]
+            for f in figures
+        ]
         label = NAMES[row["model"]]
         rows.append([label, f"{row['parameters']:,}", *chain.from_iterable(pairs), f"{row['seconds']:,.0f}"])
         if figures[0]["beyond_attention"] is not None:
-            beyond.append([label, *(_marked(f["beyond_attention"]) for f in figures)])
+            beyond.append([label, *(_marked(Estimate(**f["beyond_attention"])) for f in figures)])
     head = [
         "",
         "parameters",
         *chain.from_iterable((name, "the paper") for name in names),
         "seconds of a processor each",
     ]
-    lines = _table(head, rows)
+    lines = table(head, rows)
     if beyond:
         said = "Beyond self-attention, seed by seed; bold where the interval leaves out zero:"
-        lines += ["", said, "", *_table(["", *names], beyond)]
+        lines += ["", said, "", *table(["", *names], beyond)]
     return lines
 
 
-def _marked(found: Mapping[str, Any]) -> str:
-    apart = found["half_width"] is not None and abs(found["mean"]) > found["half_width"]
-    return f"**{_shown(found, sign=True)}**" if apart else _shown(found, sign=True)
+def _marked(beyond: Estimate) -> str:
+    shown = beyond.shown(digits=2, sign=True)
+    return f"**{shown}**" if beyond.is_apart_from_zero else shown
 
 
 def _verdict(found: Mapping[str, Any], figure: int, better: int) -> str:
@@ -113,12 +108,14 @@ def _verdict(found: Mapping[str, Any], figure: int, better: int) -> str:
     own = {row["model"]: row["figures"][figure] for row in found["summary"]}
     said = []
     for model in ("alpha", "translution"):
-        beyond = own[model]["beyond_attention"] if model in own else None
-        if beyond is None or beyond["half_width"] is None:
+        found_beyond = own[model]["beyond_attention"] if model in own else None
+        if found_beyond is None or found_beyond["half_width"] is None:
             continue
-        mean, width = better * beyond["mean"], beyond["half_width"]
-        how = "is better than" if mean > width else "is worse than" if mean < -width else "can't be told from"
-        said.append(f"{NAMES[model]} {how} self-attention ({_shown(beyond, sign=True)})")
+        beyond = Estimate(**found_beyond)
+        how = "can't be told from"
+        if beyond.is_apart_from_zero:
+            how = "is better than" if better * beyond.mean > 0 else "is worse than"
+        said.append(f"{NAMES[model]} {how} self-attention ({beyond.shown(digits=2, sign=True)})")
     return f"{own['attention']['name'].capitalize()}: {'; '.join(said)}." if said else ""
 
 
@@ -172,7 +169,7 @@ def _times(performance: Data) -> list[str]:
                 own, other = seconds(case, which), seconds(case, which, theirs)
                 rows.append([f"`{case['spec']}`, batch {case['batch']}", which, spread(own).shown(1, 1e3),
                              spread(other).shown(0, 1e3), f"**{ratio(other, own).shown(1)}**"])  # fmt: skip
-    return _table(["", "pass", "`stream`, ms", "authors' algorithm, ms", "times as fast"], rows, 2)
+    return table(["", "pass", "`stream`, ms", "authors' algorithm, ms", "times as fast"], rows, 2)
 
 
 def _memory(performance: Data) -> list[str]:
@@ -183,7 +180,7 @@ def _memory(performance: Data) -> list[str]:
         if candidate.startswith("authors") and own is not None:
             rows.append([f"`{spec}`, batch {batch}", which, formatted_bytes(own), formatted_bytes(size),
                          f"**{size / own:.0f}**"])  # fmt: skip
-    return _table(["", "pass", "`stream`", "authors' algorithm", "times as much"], rows, 2)
+    return table(["", "pass", "`stream`", "authors' algorithm", "times as much"], rows, 2)
 
 
 def page(results: Mapping[str, Any], performance: Data) -> str:

@@ -18,6 +18,7 @@ from string import Template
 from typing import Any
 
 import torch
+from markdown import table
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -163,8 +164,7 @@ def fewest() -> list[dict[str, Any]]:
 
 
 def _table(head: tuple[str, ...], numbers: int, rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * numbers + ['---:'] * (len(head) - numbers))} |"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(table(head, rows, numbers))
 
 
 def page(data: dict[str, Any]) -> str:

@@ -6,12 +6,14 @@ Linear layers, norms and embeddings start as PyTorch starts them, operators as `
 and the position embedding are standard normal, the scale of the patches after their norm and of `torch.nn.Embedding`.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from translution.errors import InputError
 from translution.nn import OperatorLayer
-from translution.paper.description import ModelDescription
+from translution.paper.description import Family, ModelDescription
 
 Device = torch.device | str | None
 
@@ -73,12 +75,20 @@ class PatchEmbedding(nn.Module):
 
 
 class PaperModel(nn.Module):
-    """What both models have: their description, layers and final norm."""
+    """What both models have: their description, layers and final norm.
+
+    Args:
+        description: of the class's own family.
+        backend, algorithm: of every operator, as in :func:`translution.run`.
+        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+    """
+
+    family: ClassVar[Family]
+    position_embedding: nn.Parameter | None
 
     def __init__(
         self,
         description: ModelDescription,
-        family: str,
         *,
         backend: str = "torch",
         algorithm: str | None = None,
@@ -86,11 +96,11 @@ class PaperModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if description.family != family:
+        if description.family != self.family:
             raise InputError(
                 "P1",
                 f"{type(self).__name__} of a {description.family!r} description",
-                f"it is built from a description of family {family!r}",
+                f"it is built from a description of family {self.family!r}",
                 "Call build_model, which looks at the family",
             )
         self.description = description
@@ -99,6 +109,12 @@ class PaperModel(nn.Module):
             for layer in range(description.size.depth)
         )
         self.norm = nn.LayerNorm(description.size.dim, device=device, dtype=dtype)
+        self._build(device, dtype)
+        self._reset_own()
+
+    def _build(self, device: Device, dtype: torch.dtype | None) -> None:
+        """What comes before and after the layers."""
+        raise NotImplementedError
 
     def _empty(self, *shape: int, device: Device, dtype: torch.dtype | None) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -124,27 +140,13 @@ class PaperModel(nn.Module):
 
 
 class VisionTransformer(PaperModel):
-    """Images [B, channels, height, width] to logits [B, num_classes].
+    """Images [B, channels, height, width] to logits [B, num_classes]. Arguments as in :class:`PaperModel`."""
 
-    Args:
-        description: of family ``vit``.
-        backend, algorithm: of every operator, as in :func:`translution.run`.
-        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
-    """
-
+    family = "vit"
     class_token: nn.Parameter | None
-    position_embedding: nn.Parameter | None
 
-    def __init__(
-        self,
-        description: ModelDescription,
-        *,
-        backend: str = "torch",
-        algorithm: str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(description, "vit", backend=backend, algorithm=algorithm, device=device, dtype=dtype)
+    def _build(self, device: Device, dtype: torch.dtype | None) -> None:
+        description = self.description
         dim = description.size.dim
         self.patch_embedding = PatchEmbedding(description, device, dtype)
         token = self._empty(1, 1, dim, device=device, dtype=dtype) if description.class_token else None
@@ -153,7 +155,6 @@ class VisionTransformer(PaperModel):
         self.register_parameter("class_token", token)
         self.register_parameter("position_embedding", position)
         self.head = nn.Linear(dim, description.num_classes or 0, device=device, dtype=dtype)
-        self._reset_own()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images of the model's size, or of smaller ones where there is no position embedding.
@@ -196,26 +197,14 @@ class VisionTransformer(PaperModel):
 class GPT(PaperModel):
     """Tokens [B, N] (int64) to logits [B, N, vocabulary_size]; no logit looks at a later token. N up to ``length``.
 
-    Embedding and head are not tied; two norms come before the head, as in the authors' models.
-
-    Args:
-        description: of family ``gpt``.
-        backend, algorithm: of every operator, as in :func:`translution.run`.
-        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+    Embedding and head are not tied; two norms come before the head, as in the authors' models. Arguments as in
+    :class:`PaperModel`.
     """
 
-    position_embedding: nn.Parameter | None
+    family = "gpt"
 
-    def __init__(
-        self,
-        description: ModelDescription,
-        *,
-        backend: str = "torch",
-        algorithm: str | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(description, "gpt", backend=backend, algorithm=algorithm, device=device, dtype=dtype)
+    def _build(self, device: Device, dtype: torch.dtype | None) -> None:
+        description = self.description
         dim, vocabulary_size = description.size.dim, description.vocabulary_size or 0
         self.token_embedding = nn.Embedding(vocabulary_size, dim, device=device, dtype=dtype)
         places = (description.num_tokens, dim)
@@ -223,7 +212,6 @@ class GPT(PaperModel):
         self.register_parameter("position_embedding", position)
         self.head_norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.head = nn.Linear(dim, vocabulary_size, bias=False, device=device, dtype=dtype)
-        self._reset_own()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token after each.

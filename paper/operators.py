@@ -2,14 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from translution.spec import LowRank, Operator, Shared, Sum, presets
 
 Kind = Literal["attention", "rope", "swin", "shaw", "convit", "alpha", "full"]
 Roles = presets.Roles
+WITHOUT_ROLES: Mapping[str, Callable[..., Operator]] = {
+    "attention": presets.self_attention,
+    "rope": presets.rope_attention,
+    "shaw": presets.shaw_attention,
+    "convit": presets.convit_attention,
+}
 
 
 @lru_cache(maxsize=256)
@@ -61,35 +67,15 @@ def _projected(
     rank: int,
     rotary: bool,
 ) -> Operator:
+    shape: dict[str, Any] = {"head_dim": head_dim, "registers": registers, "causal": causal}
     match kind:
-        case "attention":
-            return presets.self_attention(grid, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal)
-        case "rope":
-            return presets.rope_attention(grid, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal)
-        case "swin":
-            return presets.swin_attention(
-                grid, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal, qkv_bias=False
-            )
-        case "shaw":
-            return presets.shaw_attention(grid, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal)
-        case "convit":
-            return presets.convit_attention(grid, dim, num_heads, head_dim=head_dim, registers=registers, causal=causal)
         case "full":
-            return presets.translution(
-                grid, dim, num_heads, head_dim=head_dim, roles=roles, registers=registers, causal=causal
-            )
+            return presets.translution(grid, dim, num_heads, roles=roles, **shape)
         case "alpha":
-            return presets.alpha_translution(
-                grid,
-                dim,
-                num_heads,
-                rank=rank,
-                head_dim=head_dim,
-                roles=roles,
-                registers=registers,
-                causal=causal,
-                rotary=rotary,
-            )
+            return presets.alpha_translution(grid, dim, num_heads, roles=roles, rank=rank, rotary=rotary, **shape)
+        case "swin":
+            return presets.swin_attention(grid, dim, num_heads, qkv_bias=False, **shape)
+    return WITHOUT_ROLES[kind](grid, dim, num_heads, **shape)
 
 
 def unreached(operator: Operator) -> Mapping[str, int]:

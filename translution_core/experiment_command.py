@@ -30,13 +30,14 @@ Jobs = Annotated[
 Output = Annotated[
     Path, typer.Option("--output", metavar="DIR", help="Runs, logs, checkpoints, plots; what is finished is kept.")
 ]
+DEFAULT_MODELS = "attention,rope,alpha,translution"
 PAPER = "the paper"
 INTERVAL = "± the 95% interval by Student's t, bold where it leaves out zero"
 
 
 def digits(
     size: Annotated[str, typer.Option(help="small: minutes on a CPU. paper: the paper's model, for a GPU.")] = "small",
-    models: Models = "attention,rope,alpha,translution",
+    models: Models = DEFAULT_MODELS,
     seeds: Seeds = 3,
     seed: Seed = 0,
     steps: Steps = None,
@@ -81,7 +82,7 @@ def digits(
 
 def text(
     size: Annotated[str, typer.Option(help="small: minutes on a CPU. paper: the paper's model, for a GPU.")] = "small",
-    models: Models = "attention,rope,alpha,translution",
+    models: Models = DEFAULT_MODELS,
     seeds: Seeds = 3,
     seed: Seed = 0,
     steps: Steps = None,
@@ -130,7 +131,7 @@ def images(
     size: Annotated[str, typer.Option(help="tiny, mini, small, base or large.")] = "tiny",
     patch: Annotated[int, typer.Option(min=1, help="Side of a patch in pixels.")] = 56,
     image: Annotated[int, typer.Option(min=1, help="Side of the image in pixels.")] = 224,
-    models: Models = "attention,rope,alpha,translution",
+    models: Models = DEFAULT_MODELS,
     seeds: Seeds = 1,
     seed: Seed = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 300,

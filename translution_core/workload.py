@@ -39,6 +39,11 @@ class Workload:
         live = generator.random((batch, 1, 1, layout.num_keys)) < 0.75
         self._mask = {"none": None, "bool": live, "float": np.where(live, np.float32(0), -np.inf)}[request.mask]
 
+    @property
+    def _out_shape(self) -> tuple[int, int, int]:
+        operator = self.request.operator
+        return self.request.batch, operator.layout.num_queries, operator.out_features
+
     def _native(self, backend: Backend, value: np.ndarray[Any, Any] | None) -> Array | None:
         if value is None:
             return None
@@ -61,8 +66,7 @@ class Workload:
         if found.kind == "numpy":
             if not self.request.gradient:
                 return lambda: run(operator, params, x, **more)
-            shape = (self.request.batch, operator.layout.num_queries, operator.out_features)
-            ones = np.ones(shape, self.request.dtype)
+            ones = np.ones(self._out_shape, self.request.dtype)
             return lambda: vjp(operator, params, x, cotangent=ones, **more)
         return self._recorded(params, x, more)
 
@@ -84,7 +88,6 @@ class Workload:
 
         if not self.request.gradient:
             return forward
-        shape = (self.request.batch, operator.layout.num_queries, operator.out_features)
-        ones = torch.ones(shape, dtype=getattr(torch, self.request.dtype), device=device)
+        ones = torch.ones(self._out_shape, dtype=getattr(torch, self.request.dtype), device=device)
         leaves = [value.requires_grad_() for value in (x, more["y"], *params.values()) if value is not None]
         return forward_backward

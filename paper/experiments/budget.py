@@ -1,6 +1,8 @@
 """What every model of an experiment is given: a size, and so many updates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from translution.paper.description import Size
 from translution.paper.training import Settings
@@ -18,6 +20,11 @@ class Budget:
     warmup_steps: int
     weight_decay: float = 0.05
     gradient_clip: float = 1.0
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """What ``dataclasses.asdict`` made of it."""
+        return cls(**{**data, "size": Size(**data["size"])})
 
     def training(self, seed: int, device: str) -> Settings:
         """Of one run."""

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from translution.errors import UnknownName
 from translution.paper.description import SIZES, Size
 from translution.paper.experiments.budget import Budget
 from translution.paper.experiments.digit_data import Split, anywhere, at_distance, farthest, load_digits, placed
-from translution.paper.experiments.models import CNN, DEFAULT_MODELS, MODELS, build, count_parameters
-from translution.paper.experiments.runs import Run, run_all
+from translution.paper.experiments.models import DEFAULT_MODELS, build, check_models, count_parameters
+from translution.paper.experiments.runs import Run, described, run_all
 from translution.paper.training import Part, generator, seed_of, train
 from translution.paper.training.distribution import ratios, this_part
 from translution.paper.training.seeds import samples_of_step
@@ -132,7 +131,7 @@ def model_fields(scale: Scale) -> dict[str, Any]:
 
 def work(data: Path | None, device: str, about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """One run from its JSON object: train, then test once."""
-    scale = Scale(**{**about["scale"], "size": Size(**about["scale"]["size"])})
+    scale = Scale.from_data(about["scale"])
     digits, seed = load_digits(data), about["seed"]
     torch.manual_seed(seed_of("digits", about["model"], seed))
     model = build(about["model"], **model_fields(scale))
@@ -146,13 +145,6 @@ def work(data: Path | None, device: str, about: Mapping[str, Any], folder: Path)
         "seconds": trained.seconds,
         "processor_seconds": trained.processor_seconds,
     }
-
-
-def check_models(models: Sequence[str]) -> None:
-    """Raise :class:`translution.UnknownName` for a model that does not exist."""
-    for name in models:
-        if name not in (*MODELS, CNN):
-            raise UnknownName("model", name, (*MODELS, CNN))
 
 
 def run_digits(
@@ -206,10 +198,5 @@ def run_digits(
         "device": device,
         "jobs": jobs,
         "models": list(models),
-        "runs": [
-            {key: run.about[key] for key in ("model", "trained_on", "seed")}
-            | {"folder": run.folder(root).name}
-            | result
-            for run, result in zip(runs, results, strict=True)
-        ],
+        "runs": described(runs, results, root, ("model", "trained_on", "seed")),
     }

@@ -12,7 +12,6 @@ import torch
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from translution.errors import UnknownName
 from translution.paper.description import SIZES, Size
 from translution.paper.experiments.image_folder import ImageFolder, open_image, read_pair
 from translution.paper.experiments.image_transforms import (
@@ -24,8 +23,8 @@ from translution.paper.experiments.image_transforms import (
     random_resized_crop,
     soft_targets,
 )
-from translution.paper.experiments.models import CNN, DEFAULT_MODELS, MODELS, build, count_parameters
-from translution.paper.experiments.runs import Run, run_all
+from translution.paper.experiments.models import DEFAULT_MODELS, build, check_models, count_parameters
+from translution.paper.experiments.runs import Run, described, run_all
 from translution.paper.training import Part, Settings, TrainingError, seed_of, train
 from translution.paper.training.distribution import this_part
 from translution.paper.training.seeds import samples_of_step
@@ -197,9 +196,7 @@ def run_images(
     Raises:
         TrainingError: the folder has no images, or one of them can't be read.
     """
-    for name in models:
-        if name not in (*MODELS, CNN):
-            raise UnknownName("model", name, (*MODELS, CNN))
+    check_models(models)
     training, held_out = read_pair(data)
     steps = recipe.training(len(training), 0, device).steps
     source = {
@@ -224,8 +221,5 @@ def run_images(
         "seeds": seeds,
         "device": device,
         "models": list(models),
-        "runs": [
-            {key: run.about[key] for key in ("model", "seed")} | {"folder": run.folder(root).name} | result
-            for run, result in zip(runs, results, strict=True)
-        ],
+        "runs": described(runs, results, root, ("model", "seed")),
     }

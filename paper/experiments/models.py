@@ -1,6 +1,7 @@
 """The models that an experiment compares, by name; all but the CNN are the paper's with one thing changed."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,13 @@ CNN = "cnn"
 DEFAULT_MODELS = ("attention", "rope", "alpha", "translution")
 
 
+def check_models(names: Sequence[str], known: Sequence[str] = (*MODELS, CNN)) -> None:
+    """Raise :class:`translution.UnknownName` for a model that does not exist."""
+    for name in names:
+        if name not in known:
+            raise UnknownName("model", name, known)
+
+
 def describe(name: str, **fields: Any) -> ModelDescription:
     """The description of a model by its name; ``fields`` are those of :class:`translution.paper.ModelDescription`.
 
@@ -34,8 +42,7 @@ def describe(name: str, **fields: Any) -> ModelDescription:
     Raises:
         UnknownName: there is no such model.
     """
-    if name not in MODELS:
-        raise UnknownName("model", name, MODELS)
+    check_models([name], tuple(MODELS))
     kind, embedding, _ = MODELS[name]
     rank = fields.pop("rank", None)
     given: dict[str, Any] = fields | {"position_embedding": embedding or fields.get("position_embedding", False)}

@@ -77,6 +77,16 @@ def run_all(
     return [result for result in results if result is not None]
 
 
+def described(
+    runs: Sequence[Run], results: Sequence[Mapping[str, Any]], root: Path, keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every run as JSON data: what ``keys`` say of it, its folder below ``root``, its result."""
+    return [
+        {**{key: run.about[key] for key in keys}, "folder": run.folder(root).name, **result}
+        for run, result in zip(runs, results, strict=True)
+    ]
+
+
 def finish(work: Work, run: Run, root: Path) -> None:
     """Bring a run to its end in this process, unless another does just that: then wait for it."""
     folder = run.folder(root)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from translution.errors import UnknownName
 from translution.paper.description import SIZES, Size
 from translution.paper.experiments.budget import Budget
-from translution.paper.experiments.models import DEFAULT_MODELS, MODELS, build, count_parameters
-from translution.paper.experiments.runs import Run, run_all
+from translution.paper.experiments.models import DEFAULT_MODELS, MODELS, build, check_models, count_parameters
+from translution.paper.experiments.runs import Run, described, run_all
 from translution.paper.experiments.text_data import Corpus, load_corpus
 from translution.paper.training import Part, TrainingError, generator, seed_of, train
 from translution.progress import Update, silently
@@ -119,7 +118,7 @@ def model_fields(scale: Scale, vocabulary_size: int) -> dict[str, Any]:
 
 def work(data: Path | None, device: str, about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """One run from its JSON object."""
-    scale = Scale(**{**about["scale"], "size": Size(**about["scale"]["size"])})
+    scale = Scale.from_data(about["scale"])
     corpus, seed = load_corpus(data), about["seed"]
     torch.manual_seed(seed_of("text", about["model"], seed))
     model = build(about["model"], **model_fields(scale, corpus.vocabulary_size))
@@ -150,9 +149,7 @@ def run_text(
 
     The seeds are ``seeds`` numbers from ``first_seed`` on.
     """
-    for name in models:
-        if name not in MODELS:
-            raise UnknownName("model", name, MODELS)
+    check_models(models, tuple(MODELS))
     about = load_corpus(data).about
     shared = {"experiment": "text", "steps": scale.steps, "scale": asdict(scale), "data": about, "device": device}
     runs = [
@@ -169,8 +166,5 @@ def run_text(
         "device": device,
         "jobs": jobs,
         "models": list(models),
-        "runs": [
-            {key: run.about[key] for key in ("model", "seed")} | {"folder": run.folder(root).name} | result
-            for run, result in zip(runs, results, strict=True)
-        ],
+        "runs": described(runs, results, root, ("model", "seed")),
     }
