@@ -17,7 +17,7 @@ _NEIGHBOURHOOD = "neighborhood_attention2d:height={0},width={0},dim=128,num_head
 _CONVOLUTION = "convolution2d:height={0},width={0},in_channels={1},out_channels={1},kernel_size=3,padding=1"
 _GROWING = "translution2d:height={0},width={0},dim=64,num_heads=1"
 # Wide enough that at the fewest tokens, too, products take longer than calling them.
-_WIDER = "translution2d:height={0},width={0},dim=96,num_heads=1"
+_WIDE = "translution2d:height={0},width={0},dim=192,num_heads=3"
 LARGE_WINDOW = "translution2d:height=64,width=64,dim=64,num_heads=1,kernel_size=7"
 
 
@@ -89,7 +89,7 @@ TIMED: dict[str, tuple[Group, ...]] = {
         ),
     ),
     "growth": (
-        _curve("tokens", "N", {side**2: (_WIDER.format(side), 16) for side in (12, 16, 20, 24)}),
+        _curve("tokens", "N", {side**2: (_WIDE.format(side), 16) for side in (10, 14, 18, 22)}),
         _curve(
             "tokens, window of 7x7",
             "N",

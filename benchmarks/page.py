@@ -10,6 +10,7 @@ from families import NAMES, TIMED
 from markdown import table
 from plots import plot_growth, plot_shares
 from reading import (
+    ONEDNN,
     SHARES,
     Data,
     cases,
@@ -50,7 +51,8 @@ figures.
 """
 YARDSTICKS = """\
 *Its own products* are the bare products of the operator, one for each displacement, in the shapes that they have; *one
-large product* has 8192 rows of the same width and runs as fast as any: the stricter of two yardsticks."""
+large product* has 8192 rows of the same width. Both are `torch.mm`, of which no product is faster than the latter.
+Where oneDNN multiplies faster, as on AMD processors, `stream` lets it multiply many rows, and can exceed 100%."""
 COUNTED = """\
 What it reaches of the machine. *Forward* counts the one product for each link and role that no algorithm can do
 without, *both* three times as many; where the backward encodes again instead of keeping what is as large as all links,
@@ -180,15 +182,20 @@ def _translution(family: Data) -> list[str]:
     for name, case in ((name, case) for name, case in every if "machine" in case):
         machine = case["machine"]
         for which in case["passes"]:
-            reached, large = shares(case, which)
+            reached, large, fastest = shares(case, which)
             executed = case["passes"][which]["executed_flops"] / case["useful_flops"]
             rows.append([name, SHARES[which], spread(seconds(case, which)).shown(1, 1e3), f"{executed:.2f}",
-                         f"**{reached.shown(0, 100)}**", large.shown(0, 100)])  # fmt: skip
-        rates = [machine["large_product_flops"] / one / 1e9 for one in machine["seconds"]["large product"]]
+                         f"**{reached.shown(0, 100)}**", large.shown(0, 100),
+                         "" if fastest is None else fastest.shown(0, 100)])  # fmt: skip
+        large_rates = [
+            [machine["large_product_flops"] / one / 1e9 for one in machine["seconds"].get(candidate, ())]
+            for candidate in ("large product", ONEDNN)
+        ]
         bare = [machine["products_flops"] / one / 1e9 for one in machine["seconds"]["products"]]
-        rows.append([name, "GFLOP/s: own products, one large product", "", "", spread(bare).shown(0),
-                     spread(rates).shown(0)])  # fmt: skip
-    head = ["", "", "ms", "executed / useful forward", "% of its own products' rate", "% of one large product's rate"]
+        rows.append([name, "GFLOP/s of these products", "", "", spread(bare).shown(0),
+                     *(spread(rate).shown(0) if rate else "" for rate in large_rates)])  # fmt: skip
+    head = ["", "", "ms", "executed / useful forward", "% of its own products' rate", "% of one large product's rate",
+            "% of one by oneDNN"]  # fmt: skip
     lines += _table(head, rows, 2)
     lines += ["![share of the products' rate](performance/shares.svg)", ""]
     (one,) = cases({"translution": family}, "translution", "7x7 + 1, batch 1")

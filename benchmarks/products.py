@@ -60,10 +60,15 @@ class Products:
                 torch.mm(tokens[:count].T, features[:count], out=d_tables[row])
                 torch.mm(features[:count], self.tables[row].T, out=d_tokens[:count])
 
+        by_onednn = {}
+        if torch.backends.mkldnn.is_available():
+            linear, weight = torch.ops.mkldnn._linear_pointwise, self.tables[0].mT
+            by_onednn = {"large product of oneDNN": lambda: linear(many, weight, None, "none", [], "")}
         return {
             "products": products,
             "gradient products": gradient_products,
             "large product": lambda: torch.mm(many, self.tables[0], out=results),
+            **by_onednn,
             "tables read": lambda: self.tables.sum(),
             "tables copied": lambda: d_tables.copy_(self.tables),
         }

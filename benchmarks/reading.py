@@ -10,6 +10,7 @@ from scipy import stats
 from workload import BACKWARD, FORWARD, TRAINING
 
 Data = Mapping[str, Any]
+ONEDNN = "large product of oneDNN"
 SHARES = {FORWARD: "forward", BACKWARD: "backward, operations executed", TRAINING: "both, useful operations"}
 
 
@@ -52,8 +53,9 @@ def seconds(case: Data, which: str, candidate: str = "torch stream") -> list[flo
     return found
 
 
-def shares(case: Data, which: str) -> tuple[Spread, Spread]:
-    """What ``stream`` reaches of the rate of its own bare products, and of that of one large product.
+def shares(case: Data, which: str) -> tuple[Spread, Spread, Spread | None]:
+    """What ``stream`` reaches of the rate of its own bare products, of that of one large product, and of that of one by
+    oneDNN where torch has it.
 
     Forward counts one product for each link; forward and backward three, which no algorithm can do without; backward
     alone what is executed, encoding again included, each priced at the rate of the products that it is.
@@ -66,8 +68,13 @@ def shares(case: Data, which: str) -> tuple[Spread, Spread]:
     bare = [
         {FORWARD: f, BACKWARD: g + again * f, TRAINING: f + g}[which] for f, g in zip(forward, gradient, strict=True)
     ]
-    large = [counted * one / machine["large_product_flops"] for one in machine["seconds"]["large product"]]
-    return ratio(bare, taken), ratio(large, taken)
+
+    def large(name: str) -> Spread:
+        rate = [counted * one / machine["large_product_flops"] for one in machine["seconds"][name]]
+        return ratio(rate, taken)
+
+    fastest = large(ONEDNN) if ONEDNN in machine["seconds"] else None
+    return ratio(bare, taken), large("large product"), fastest
 
 
 def table_share(case: Data) -> Spread:

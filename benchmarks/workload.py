@@ -33,7 +33,7 @@ BASELINES: dict[str, Callable[[Operator], Callable[[Mapping[str, Tensor], Tensor
     "conv2d": Conv2d,
 }
 # Calls that compute nothing of the operator's and say what the machine can do; see products.py.
-MACHINE = ("products", "gradient products", "large product", "tables read", "tables copied")
+MACHINE = ("products", "gradient products", "large product", "large product of oneDNN", "tables read", "tables copied")
 NO_BACKWARD = {"flex": "FlexAttention has no backward on a CPU (torch raises NotImplementedError)"}
 
 

@@ -30,6 +30,7 @@ def test_shares_are_taken_round_by_round():
         "large_product_flops": 8.0,
         "seconds": {
             "products": [2.0, 3.0], "gradient products": [4.0, 6.0], "large product": [1.0, 1.0],
+            "large product of oneDNN": [0.5, 0.5],
             "tables read": [1.0, 1.0], "tables copied": [1.0, 4.0],
         },
     }  # fmt: skip
@@ -42,15 +43,19 @@ def test_shares_are_taken_round_by_round():
         )
     }
     case = {"useful_flops": 16.0, "machine": machine, "passes": passes}
-    own, large = shares(case, "forward")
+    own, large, fastest = shares(case, "forward")
     assert (own.low, own.middle, own.high) == (0.5, 0.625, 0.75)
     assert large.middle == 0.5
-    own, large = shares(case, "backward")  # 48 = 3 * 16: two products of the gradient, and one to encode again
+    assert fastest.middle == 0.25
+    own, large, fastest = shares(case, "backward")  # 48 = 3 * 16: two products of the gradient, and one to encode again
     assert (own.low, own.high) == (0.5, 0.9)
     assert (large.low, large.high) == (0.5, 0.6)
-    own, large = shares(case, "forward and backward")
+    own, large, fastest = shares(case, "forward and backward")
     assert (own.low, own.high) == (0.5, 0.75)
     assert large.middle == 0.5
+    assert fastest.middle == 0.25
+    del machine["seconds"]["large product of oneDNN"]
+    assert shares(case, "forward")[2] is None
     assert (table_share(case).low, table_share(case).high) == (0.125, 0.25)
 
 
@@ -152,7 +157,7 @@ def test_the_page_has_every_figure_and_says_what_is_not_reached(invented):
     assert f"of {len(AIMS)} are reached" in text
     assert "- forward, forward and backward: triton fused: no GPU for forward" not in text
     assert "- forward: triton fused: no GPU for forward" in text
-    assert "| tokens, N = 144 to 576 | forward | **2.00" in text
+    assert "| tokens, N = 100 to 484 | forward | **2.00" in text
     # The median of both passes, and the range: 5 letters against 12.
     assert "| forward | 15,000.0 (12,000.0 to 18,000.0) | 5,000.0 (4,000.0 to 6,000.0) | **3.0** |" in text
     del invented["growth"]

@@ -10,8 +10,8 @@ import translution
 from translution.algorithms import Request
 from translution.backends.torch import attention
 from translution.backends.torch.backend import backend
+from translution.backends.torch.bands import Reader
 from translution.backends.torch.links import links
-from translution.backends.torch.steps import Reader
 from translution.execution import predict
 from translution.spec import BiasTable, Clip, Lattice, Operator, PerDisplacement, Softmax, presets
 
@@ -155,8 +155,8 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     live = torch.rand((5, 2, 13, 13), generator=generator) < 0.7
     mask = {"none": None, "bool": live, "float": torch.where(live, 0.3, -np.inf).double()}[kind]
     whole = results(FULL, params, x, mask=mask, algorithm="pairwise")
-    # Nine times 13 tokens and five times the 24 links of mirrored neighbours.
-    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (9 * 13 + 5 * 24) * 8 * 4)
+    # Six times 13 tokens, in backward twelve times, and five times the 24 links of mirrored neighbours.
+    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (6 * 13 + 5 * 24) * 8 * 4)
     if origin == "largest":
         monkeypatch.setattr(attention, "FAR_LOGIT", -np.inf)
     seen = []

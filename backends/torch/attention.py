@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch import pairwise, plain
+from translution.backends.torch.bands import Adder, Reader
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.relevance import LinkMask, items, softmax
-from translution.backends.torch.steps import Adder, Reader, RoleSteps, crossed, reversed_product
+from translution.backends.torch.steps import RoleSteps, Room, crossed, multiplied, reversed_product
 from translution.backends.torch.visits import Visit
 from translution.normal_form import NormalForm
 
@@ -48,11 +49,13 @@ class _Attention:
     added: Tensor | None
     dead: Tensor | None
 
-    def parts(self, batch: int) -> list[slice]:
+    def parts(self, batch: int, backward: bool = False) -> list[slice]:
         """The batch in parts of about the same size."""
         links, role = self.call.links, self.call.roles[0]
-        # Backward has up to three bands of tokens, their gradient and the cotangent, and five results of a visit.
-        rows = 9 * max(links.geometry.num_queries, links.geometry.num_keys) + 5 * links.widest
+        # Up to three bands each of tokens and results; backward of tokens, as they are and turned, their gradient and
+        # the cotangent. And five results of a visit.
+        bands = 12 if backward else 6
+        rows = bands * max(links.geometry.num_queries, links.geometry.num_keys) + 5 * links.widest
         item = rows * role.heads * role.head_dim * 4
         count = min(max(batch, 1), math.ceil(batch * item / WORKSPACE_BYTES) or 1)
         size = math.ceil(batch / count)
@@ -92,7 +95,7 @@ class _Part:
         self._products = self._query.workspace()
 
     def _logits(self, visit: Visit) -> Tensor:
-        products = crossed(self._key.encode(visit), self._query.encode(visit), self._products[visit.shape])
+        products = crossed(self._key.encode(visit), self._query.encode(visit).parts, self._products[visit.shape])
         return self._attention.logits(products, visit, self._bias, self._part)
 
     def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> bool:
@@ -190,7 +193,7 @@ class _Softmax(Operation):
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
         d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
         gathered = Gathered(attention.call, tensors, needs[1:])
-        for part in attention.parts(out.shape[1]):
+        for part in attention.parts(out.shape[1], backward=True):
             own_highest = None if highest is None else highest[:, part]
             pull = _Pull(attention, bias, cotangent[:, part], out[:, part], total[:, part], own_highest)
             pull.back(attention.call.steps(tensors, gathered, part), part, d_bias)
@@ -223,7 +226,7 @@ class _Pull:
         work = [products if (v.encoded.heads, v.encoded.head_dim) == width else v.workspace() for v in values]
         for visit in self._links.visits:
             q, k, own = query.encode(visit), key.encode(visit), products[visit.shape]
-            logits = self._attention.logits(crossed(k, q, own), visit, self._bias, part)
+            logits = self._attention.logits(crossed(k, q.parts, own), visit, self._bias, part)
             weights = logits if self._shift is None else logits.sub_(self._rows(self._shift, visit, logits))
             weights.exp_().mul_(self._rows(self._inverse, visit, weights))
             d_logits = -self._rows(self._delta, visit, weights)
@@ -233,7 +236,7 @@ class _Pull:
             d_logits.mul_(weights)
             if d_bias is not None:
                 d_bias[visit.value_rows] += d_logits.sum((1, 2))
-            d_products = d_logits.mul_(self._attention.scale).unsqueeze(-1)
+            d_products = d_logits.mul_(self._attention.scale).unsqueeze(-1).unbind(0)
             if query.wanted:
                 query.push(visit, crossed(k, d_products, own))
             if key.wanted:
@@ -244,14 +247,13 @@ class _Pull:
         return reader.rows(visit.query).view(like.shape)
 
     @staticmethod
-    def _value(value: RoleSteps, visit: Visit, g: Tensor, weights: Tensor, d_weights: Tensor, room: Tensor) -> None:
+    def _value(value: RoleSteps, visit: Visit, g: Tensor, weights: Tensor, d_weights: Tensor, room: Room) -> None:
         """Add <do_i, v_ij> to ``d_weights``, and push a_ij do_i."""
-        features = value.encode(visit)
-        if features.shape[3] == g.shape[3]:
-            d_weights.add_(torch.mul(features, g, out=room).sum(-1))
-            own = torch.mul(g, weights.unsqueeze(-1), out=room)
+        if value.encoded.heads == g.shape[3]:
+            d_weights.add_(multiplied(value.encode(visit), g, room).sum(-1))
+            own = torch.mul(g, weights.unsqueeze(-1), out=room.whole)
         else:
-            d_weights.add_((value.seen(visit, features, g.shape[3]) * g).sum(-1))
+            d_weights.add_((value.seen(visit, g.shape[3]).stacked() * g).sum(-1))
             own = (g * weights.unsqueeze(-1)).sum(3, keepdim=True)
         if value.wanted:
             value.push(visit, own)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from translution.algorithms import Cost, Request, why_not
 from translution.arrays import Kind
-from translution.backends.torch import attention, native, pairwise, stream
+from translution.backends.torch import attention, line_attention, native, pairwise, stream
 from translution.backends.torch.derivatives import no_autocast
 from translution.backends.torch.encoding import accumulator, encode_role, encode_values, join_values, project_output
 from translution.backends.torch.links import Links, links
@@ -116,11 +116,15 @@ class _Call:
             query = encode_role(form.query, self.params, self.x, links.geometry, "query")
             key = encode_role(form.key, self.params, self.y, links.geometry, "key")
             roles = [query, key, *(part.encoded for part in parts)]
+            if method is stream and not return_weights:
+                attended = line_attention.attend(form, links, mask, roles)
+                if attended is not None:
+                    return join_values(parts, [attended], heads, form.value.head_dim), None
             if method is stream and not return_weights and attention.is_one_pass(form, links, mask, roles):
                 (branch,) = form.branches
                 bias = None if branch.bias is None else bias_table(branch.bias, links, self.params, self.x.dtype)
-                attended = attention.attend(form, links, mask, bias, roles)
-                return join_values(parts, attended, heads, form.value.head_dim), None
+                by_part = attention.attend(form, links, mask, bias, roles)
+                return join_values(parts, by_part, heads, form.value.head_dim), None
             content = method.inner_products(query, key, links, mask)
         weights = link_weights(form, content, self.params, links, mask, self.x.dtype)
         full = None if weights is None else weights.expand(links.count, self.x.shape[1], heads)

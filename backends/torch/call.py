@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.relevance import LinkMask
-from translution.backends.torch.steps import Adder, Reader, RoleSteps, Scratch
+from translution.backends.torch.steps import RoleSteps
 
 EVERYTHING = slice(None)
 

@@ -21,7 +21,7 @@ BoolArray = npt.NDArray[np.bool_]
 _own = threading.local()
 
 
-def _kept(compute: Callable[..., Result]) -> Callable[..., Result]:
+def kept(compute: Callable[..., Result]) -> Callable[..., Result]:
     """Tensors that outlive the call must be usable in every mode, whatever holds where the first call is made.
 
     Inference mode, the transforms of ``torch.func`` and fake tensors belong to a thread: another one has none of them.
@@ -83,19 +83,19 @@ class Links:
         return _joined([s.key_index for s in self.steps])
 
     @cached_property
-    @_kept
+    @kept
     def query_index(self) -> Tensor:
         """``queries`` on the device."""
         return self._placed(self.queries)
 
     @cached_property
-    @_kept
+    @kept
     def key_index(self) -> Tensor:
         """``keys`` on the device."""
         return self._placed(self.keys)
 
     @cached_property
-    @_kept
+    @kept
     def value_class(self) -> Tensor:
         """Class c(i, j) of every link [L]."""
         return self._placed(_joined([np.full(len(s.query_index), s.value_class) for s in self.steps]))
@@ -105,13 +105,13 @@ class Links:
         return self.queries * self.geometry.num_keys + self.keys
 
     @cached_property
-    @_kept
+    @kept
     def pair_of_link(self) -> Tensor:
         """Query times number of keys plus key of every link [L]."""
         return self._placed(self._pairs)
 
     @cached_property
-    @_kept
+    @kept
     def link_of_pair(self) -> Tensor:
         """The link of every pair, where every pair has one: the inverse of ``pair_of_link``."""
         return self._placed(np.argsort(self._pairs))
@@ -130,7 +130,7 @@ class Links:
         }
 
     @cached_property
-    @_kept
+    @kept
     def degree(self) -> Tensor:
         """Number of links of every query [Nq]."""
         return self._placed(np.bincount(self.queries))
@@ -144,7 +144,7 @@ class Links:
         )
 
     @cached_property
-    @_kept
+    @kept
     def support(self) -> Tensor | None:
         """Which pairs are linked [Nq, Nk]; None for all of them. Only where no link leads to the zero token."""
         return None if self._linked.all() else torch.from_numpy(self._linked).to(self.device)
@@ -163,7 +163,7 @@ class Links:
         return rows == columns and not linked.all() and np.array_equal(linked, np.tri(rows, dtype=bool))
 
     @cached_property
-    @_kept
+    @kept
     def buckets(self) -> tuple[Bucket, ...]:
         """Queries by the power of two above their number of links: padding at most doubles the links."""
         query = self.queries
@@ -182,7 +182,7 @@ class Links:
         return tuple(found)
 
     @cached_property
-    @_kept
+    @kept
     def slot_of_link(self) -> Tensor:
         """Where each link [L] stands in the buckets, one after another."""
         slots = torch.cat([b.slots for b in self.buckets]) if self.buckets else self.query_index
@@ -195,7 +195,7 @@ def _joined(parts: Sequence[IntArray]) -> IntArray:
 
 
 @lru_cache(maxsize=64)
-@_kept
+@kept
 def links(layout: Layout, device: torch.device) -> Links:
     """The links of ``layout`` on ``device``."""
     found = geometry(layout)

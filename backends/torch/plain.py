@@ -38,24 +38,35 @@ def within(role: Encoded, span: Span) -> Encoded:
     return replace(role, base=base, tables=tables, turns=turns, head_dim=stop - start)
 
 
-def _outside(role: Encoded, span: Span) -> Tensor:
-    """The role in the other features, [B, heads, N, features]."""
+def outside(role: Encoded, span: Span) -> Tensor:
+    """The role in the other features, [N, B, heads, features]; a view where they lie together."""
     start, stop = span
     assert role.base is not None
-    return torch.cat((role.base[..., :start], role.base[..., stop:]), -1).permute(1, 2, 0, 3)
+    parts = [part for part in (role.base[..., :start], role.base[..., stop:]) if part.shape[-1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def of_links(query: Tensor, key: Tensor, links: Links) -> Tensor:
+    """The inner products of queries and keys [N, B, H, D] for every link, [L, B, H]."""
+    dense = query.permute(1, 2, 0, 3) @ key.permute(1, 2, 3, 0)
+    return dense.flatten(2).permute(2, 0, 1).index_select(0, links.pair_of_link)
+
+
+def weighted(weights: Tensor, value: Tensor, links: Links) -> Tensor:
+    """Sums of values [Nk, B, H, D] under weights [L, B, H], [Nq, B, H, D]."""
+    by_pair = weights.index_select(0, links.link_of_pair).permute(1, 2, 0)
+    dense = torch.unflatten(by_pair, -1, (links.geometry.num_queries, -1))
+    return (dense @ value.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
 
 
 def inner_products(query: Encoded, key: Encoded, span: Span, links: Links) -> Tensor:
     """The inner products outside the span for every link, [L, B, H]."""
-    dense = _outside(query, span) @ _outside(key, span).mT
-    return dense.flatten(2).permute(2, 0, 1).index_select(0, links.pair_of_link)
+    return of_links(outside(query, span), outside(key, span), links)
 
 
 def aggregate(weights: Tensor, value: Encoded, span: Span, links: Links) -> Tensor:
     """Weighted sums of the values outside the span, [Nq, B, H, features]."""
-    by_pair = weights.index_select(0, links.link_of_pair).permute(1, 2, 0)
-    dense = torch.unflatten(by_pair, -1, (links.geometry.num_queries, -1))
-    return (dense @ _outside(value, span)).permute(2, 0, 1, 3)
+    return weighted(weights, outside(value, span), links)
 
 
 def joined(outside: Tensor, inside: Tensor, start: int) -> Tensor:

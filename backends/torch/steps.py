@@ -1,137 +1,47 @@
 """One role visit by visit, with the gradients it gathers; out of sight of autograd, with workspaces of one call."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
+from translution.backends.torch.products import by_onednn, is_for_onednn
 from translution.backends.torch.relevance import LinkMask
-from translution.backends.torch.visits import Band, Place, Visit
+from translution.backends.torch.visits import Place, Visit
 
 # A product of as many rows keeps all cores busy on its own.
 MANY_ROWS = 512
 
 
-class _Lane:
-    """The bands that are open: their rows in the tokens themselves, or in a copy."""
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What every link of a visit has: ``whole`` [displacements, P, B, heads, head_dim], None where the ``parts``, one
+    for each displacement, don't lie together."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        _, self._batch, self._features = tokens.shape
-        self._tokens = tokens.flatten(1)
-        self._rows = self._buffer = tokens.new_empty((0, self._features))
-        self._bands: tuple[Band, ...] = ()
-        self._is_copy = False
-        # Roles and both directions ask for the same rows again: a look costs less than to make the view anew.
-        self._place: Place | None = None
-        self._view = self._rows
+    whole: Tensor | None
+    parts: Sequence[Tensor]
 
-    def holds(self, place: Place) -> bool:
-        """Whether the bands of ``place`` are open."""
-        return place.bands is self._bands
+    @classmethod
+    def of(cls, whole: Tensor) -> "Features":
+        """The same tensor both ways."""
+        return cls(whole, whole.unbind(0))
 
-    def open(self, place: Place) -> None:
-        """Make room for the rows of all bands, where they don't lie in the tokens together."""
-        self._bands, self._place, self._view = place.bands, None, self._tokens
-        own = place.bands[0].lies_in(self._tokens) if len(place.bands) == 1 else None
-        self._is_copy = own is None
-        if own is not None:
-            self._rows = own.view(-1, self._features)
-            return
-        length = place.length * self._batch
-        if len(self._buffer) < length:
-            self._rows = self._buffer = self._buffer[:0].clone()  # two at a time are one too many
-            self._buffer = self._tokens.new_empty((length, self._features))
-        self._rows = self._buffer[:length]
-
-    def read(self) -> None:
-        """Copy the bands, where rows are a copy."""
-        for band, rows in self._copies():
-            band.read(self._tokens, rows)
-
-    def clear(self) -> None:
-        """Set the copy to zero."""
-        if self._is_copy:
-            self._rows.zero_()
-
-    def close(self) -> None:
-        """Add the copy to the tokens."""
-        for band, rows in self._copies():
-            band.add(rows, self._tokens)
-        self._bands, self._is_copy, self._place = (), False, None
-
-    def _copies(self) -> list[tuple[Band, Tensor]]:
-        if not self._is_copy:
-            return []
-        parts = torch.split(self._rows, [band.length * self._batch for band in self._bands])
-        return [(b, p.view(b.length, self._tokens.shape[1])) for b, p in zip(self._bands, parts, strict=True)]
-
-    def rows(self, place: Place) -> Tensor:
-        """The rows of ``place``, whose bands are open."""
-        if place is not self._place:
-            row = self._batch * self._features
-            self._place = place
-            self._view = self._rows.as_strided(
-                (place.displacements, place.count * self._batch, self._features),
-                (max(place.stride, 1) * row, self._features, 1),
-                self._rows.storage_offset() + place.first * row,
-            )
-        return self._view
+    def stacked(self) -> Tensor:
+        """All parts together."""
+        return torch.stack(list(self.parts)) if self.whole is None else self.whole
 
 
-class Reader:
-    """Rows of tokens [N, B, F], band by band."""
+@dataclass(frozen=True, slots=True)
+class Room(Features):
+    """Memory for the features of a visit: ``whole`` and, with links and items in one axis, ``flat``."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.shape = tokens.shape
-        if tokens.flatten(1).stride(1) != 1:  # one feature that is expanded to all
-            tokens = tokens.contiguous()
-        self._lanes = _Lane(tokens), _Lane(tokens)
-
-    def rows(self, place: Place) -> Tensor:
-        """The rows of ``place`` [displacements, P * B, F], not to be written."""
-        lane = self._lanes[place.lane]
-        if not lane.holds(place):
-            lane.open(place)
-            lane.read()
-        return lane.rows(place)
-
-
-class Adder:
-    """Sums into tokens [N, B, F], band by band."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._lanes = _Lane(tokens), _Lane(tokens)
-
-    def rows(self, place: Place) -> Tensor:
-        """The sums of ``place`` [displacements, P * B, F], to add to."""
-        lane = self._lanes[place.lane]
-        if not lane.holds(place):
-            lane.close()
-            lane.open(place)
-            lane.clear()
-        return lane.rows(place)
-
-    def close(self) -> None:
-        """Let the tokens have all sums."""
-        for lane in self._lanes:
-            lane.close()
-
-
-class Scratch:
-    """Room for one product at a time: what is allocated anew for every visit costs more than to compute it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._room = like.new_empty(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        """Room of this shape, until the next call."""
-        size = math.prod(shape)
-        if len(self._room) < size:
-            self._room = self._room.new_empty(size)
-        return self._room[:size].view(shape)
+    whole: Tensor
+    flat: Tensor
 
 
 def _blocks(rows: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -165,18 +75,44 @@ def _outer(rows: Tensor, gradient: Tensor, total: Tensor, opens: bool, scratch: 
         total.add_(product)
 
 
-def crossed(by_last: Tensor, by_first: Tensor, out: Tensor) -> Tensor:
+class Workspace(dict[tuple[int, int], Room]):
+    """Room for the features of one visit at a time, of ``links`` links at most, for every :attr:`Visit.shape`.
+
+    Memory is taken when room is first asked for, and every view is made once.
+    """
+
+    def __init__(self, like: Tensor, links: int, item: tuple[int, ...]) -> None:
+        self._memory, self._links, self._item = like.new_empty(0), links, item
+
+    def __missing__(self, shape: tuple[int, int]) -> Room:
+        if not len(self):
+            self._memory = self._memory.new_empty(self._links * math.prod(self._item))
+        whole = self._memory[: math.prod(shape) * math.prod(self._item)].view(*shape, *self._item)
+        self[shape] = Room(whole, whole.unbind(0), whole.flatten(3).flatten(1, 2))
+        return self[shape]
+
+
+def multiplied(features: Features, other: Tensor, room: Room) -> Tensor:
+    """Their product, in the same order."""
+    if features.whole is not None:
+        return torch.mul(features.whole, other, out=room.whole)
+    for own, factor, product in zip(features.parts, other.unbind(0), room.parts, strict=True):
+        torch.mul(own, factor, out=product)
+    return room.whole
+
+
+def crossed(by_last: Features, by_first: Sequence[Tensor], room: Room) -> Tensor:
     """The product of what a key role gives, last displacement first, with another's; in the other's order."""
-    for own, other, product in zip(reversed(by_last.unbind(0)), by_first.unbind(0), out.unbind(0), strict=True):
+    for own, other, product in zip(reversed(by_last.parts), by_first, room.parts, strict=True):
         torch.mul(own, other, out=product)
-    return out
+    return room.whole
 
 
-def reversed_product(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
+def reversed_product(first: Features, second: Sequence[Tensor], room: Room) -> Tensor:
     """Their product in the order of a key role, last displacement first."""
-    for own, other, product in zip(first.unbind(0), second.unbind(0), reversed(out.unbind(0)), strict=True):
+    for own, other, product in zip(first.parts, second, reversed(room.parts), strict=True):
         torch.mul(own, other, out=product)
-    return out
+    return room.whole
 
 
 class RoleSteps:
@@ -213,17 +149,23 @@ class RoleSteps:
         self._is_base = with_base and not encoded.tables and not encoded.turns and mask is None
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
-        self._outs = {} if self._is_base else self.workspace()
+        # For each table, the shapes of visits with so many rows that oneDNN multiplies them.
+        self._many = [
+            {shape for shape in links.shapes if is_for_onednn(shape[1] * self.batch, table.matrices, self._dtype)}
+            for table in encoded.tables
+        ]
+        self._rooms = self._workspace(links.shapes - self._many[0] if self._is_product else links.shapes)
         self._dead = None
         if mask is not None:
             self._dead = ~(mask.rows.unsqueeze(-1) if encoded.heads == 1 else mask.live).unsqueeze(-1)
 
-    def workspace(self) -> dict[tuple[int, int], Tensor]:
-        """Room for what :meth:`encode` gives, for every shape of a visit."""
-        role, width = self.encoded, self.encoded.heads * self.encoded.head_dim
-        room = role.tensors[0].new_empty(self._links.widest * self.batch * width)
-        shapes = [(*shape, self.batch, role.heads, role.head_dim) for shape in self._links.shapes]
-        return {shape[:2]: room[: math.prod(shape)].view(shape) for shape in shapes}
+    def workspace(self) -> Workspace:
+        """Room for what :meth:`encode` gives, for every visit."""
+        return self._workspace(self._links.shapes)
+
+    def _workspace(self, shapes: Collection[tuple[int, int]]) -> Workspace:
+        role, links = self.encoded, max((math.prod(shape) for shape in shapes), default=0)
+        return Workspace(role.tensors[0], links, (self.batch, role.heads, role.head_dim))
 
     def _place(self, visit: Visit) -> Place:
         if self.encoded.side == "query":
@@ -242,55 +184,72 @@ class RoleSteps:
         """A table's matrices for a visit, in the accumulation dtype."""
         return self.encoded.tables[number].matrices[self._rows(visit)].to(self._dtype)
 
-    def encode(self, visit: Visit) -> Tensor:
+    def encode(self, visit: Visit) -> Features:
         """The role's result for a visit's links, [displacements, P, B, heads, head_dim]; 0 where masked (clause M4).
 
         Not to be written; it holds until the next call. The role ``key`` has the last displacement first.
         """
         role, place = self.encoded, self._place(visit)
+        if self._is_product and visit.shape in self._many[0]:
+            return self._products(visit)
         if self._base is not None and self._is_base:
-            return self._base.rows(place).view(*visit.shape, self.batch, role.heads, role.head_dim)
-        out = self._outs[visit.shape]
-        flat = out.view(len(visit.steps), visit.shape[1] * self.batch, role.heads * role.head_dim)
+            whole = self._base.rows(place).view(*visit.shape, self.batch, role.heads, role.head_dim)
+            return Features.of(whole)
+        room = self._rooms[visit.shape]
         if self._is_product:
-            _multiply(self._z[0].rows(place), self._matrix(0, visit), flat)
+            _multiply(self._z[0].rows(place), self._matrix(0, visit), room.flat)
         else:
             if self._base is None:
-                flat.zero_()
+                room.flat.zero_()
             else:
-                flat.copy_(self._base.rows(place))
+                room.flat.copy_(self._base.rows(place))
             for n, table in enumerate(role.tables):
-                product = self._scratch(*flat.shape[:2], role.heads * table.width)
+                own = room.whole[..., table.start : table.start + table.width]
+                product = self._scratch(*room.flat.shape[:2], role.heads * table.width)
                 _multiply(self._z[n].rows(place), self._matrix(n, visit), product)
-                out[..., table.start : table.start + table.width] += product.view(*out.shape[:4], table.width)
-            self._turn(out, visit, 1)
+                own += product.view(own.shape)
+            self._turn(room.whole, visit, 1)
         if self._dead is not None:
-            out.masked_fill_(self.in_order(self._dead, visit), 0.0)
-        return out
+            room.whole.masked_fill_(self.in_order(self._dead, visit), 0.0)
+        return room
+
+    def _products(self, visit: Visit) -> Features:
+        """What :meth:`encode` gives, where it is one product of many rows for each displacement."""
+        role, rows = self.encoded, self._z[0].rows(self._place(visit))
+        shape = (visit.shape[1], self.batch, role.heads, role.head_dim)
+        pairs = zip(rows.unbind(0), self._matrix(0, visit).unbind(0), strict=True)
+        found = [by_onednn(own, matrix).view(shape) for own, matrix in pairs]
+        if self._dead is not None:
+            for own, dead in zip(found, self.in_order(self._dead, visit), strict=True):
+                own.masked_fill_(dead, 0.0)
+        return Features(None, found)
 
     def add_encoded(self, visit: Visit, total: Tensor) -> None:
         """Add the result of a visit to ``total`` [displacements, P * B, features]."""
         matrix = self._matrix(0, visit) if self._is_product and self._dead is None else None
-        if matrix is not None and matrix.dim() == 3 and total.is_contiguous():
+        if matrix is not None and matrix.dim() == 3 and total.is_contiguous() and visit.shape not in self._many[0]:
             total.baddbmm_(self._z[0].rows(self._place(visit)), matrix)
-        else:
-            total.add_(self.encode(visit).view(total.shape))
+            return
+        for own, features in zip(total.unbind(0), self.encode(visit).parts, strict=True):
+            own.add_(features.view(own.shape))
 
     def add_weighted(self, visit: Visit, weights: Tensor, total: Tensor) -> None:
         """Add the result times ``weights`` [displacements, P, B, H] to ``total`` [displacements, P * B, features]."""
-        features = self.encode(visit)
+        features, factors = self.seen(visit, weights.shape[3]), weights.unsqueeze(-1)
         by_head = total.view(*weights.shape, self.encoded.head_dim)
-        seen = self.seen(visit, features, weights.shape[3])
-        if seen is features:
-            by_head.addcmul_(features, weights.unsqueeze(-1))
-        else:
-            by_head.add_(seen * weights.unsqueeze(-1))
+        if features.whole is not None:
+            by_head.addcmul_(features.whole, factors)
+            return
+        for own, factor, sums in zip(features.parts, factors.unbind(0), by_head.unbind(0), strict=True):
+            sums.addcmul_(own, factor)
 
-    def seen(self, visit: Visit, features: Tensor, heads: int) -> Tensor:
-        """What :meth:`encode` gave, by head where NaN that one head sees is absent to another that shares it (M4)."""
+    def seen(self, visit: Visit, heads: int) -> Features:
+        """What :meth:`encode` gives, by head where NaN that one head sees is absent to another that shares it (M4)."""
+        features = self.encode(visit)
         if self._mask is None or self.encoded.heads == heads:
             return features
-        return torch.where(self.in_order(self._mask.live, visit).unsqueeze(-1), features, 0.0)
+        live = self.in_order(self._mask.live, visit).unsqueeze(-1)
+        return Features.of(torch.where(live, features.stacked(), 0.0))
 
     def _turn(self, features: Tensor, visit: Visit, direction: int) -> None:
         for turn in self.encoded.turns:
@@ -315,13 +274,30 @@ class RoleSteps:
                 own = gradient[..., table.start : table.start + table.width].flatten(3).flatten(1, 2)
             d_z, d_matrices = self._d_z[n], self._d_matrices[n]
             if d_matrices is not None:
-                rows = self._live_rows(self._z[n].rows(place), visit)
-                _outer(rows, own, d_matrices[self._rows(visit)], opens, self._scratch)
+                self._push_table(n, visit, own, d_matrices[self._rows(visit)], opens)
             if d_z is not None:
-                self._add_product(own, self._matrix(n, visit).mT, d_z.rows(place))
+                self._push_tokens(n, visit, own, d_z.rows(place))
 
-    def _add_product(self, rows: Tensor, matrix: Tensor, total: Tensor) -> None:
-        if matrix.dim() == 3 and total.is_contiguous():
+    def _push_table(self, number: int, visit: Visit, gradient: Tensor, total: Tensor, opens: bool) -> None:
+        reader, place = self._z[number], self._place(visit)
+        rows = self._live_rows(reader.rows(place), visit)
+        if visit.shape not in self._many[number]:
+            _outer(rows, gradient, total, opens, self._scratch)
+            return
+        turned = reader.turned(place) if self._mask is None else rows.mT
+        for own, own_gradient, sums in zip(turned.unbind(0), gradient.unbind(0), total.unbind(0), strict=True):
+            product = by_onednn(own, own_gradient)
+            if opens:
+                sums.copy_(product)
+            else:
+                sums.add_(product)
+
+    def _push_tokens(self, number: int, visit: Visit, rows: Tensor, total: Tensor) -> None:
+        matrix = self._matrix(number, visit).mT
+        if visit.shape in self._many[number]:
+            for own, own_rows, own_matrix in zip(total.unbind(0), rows.unbind(0), matrix.unbind(0), strict=True):
+                own.add_(by_onednn(own_rows, own_matrix))
+        elif matrix.dim() == 3 and total.is_contiguous():
             total.baddbmm_(rows, matrix)
         elif matrix.dim() == 3 and total.shape[1] >= MANY_ROWS:
             for own, own_rows, own_matrix in zip(total.unbind(0), rows.unbind(0), matrix.unbind(0), strict=True):

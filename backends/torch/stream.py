@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch import pairwise, plain
+from translution.backends.torch.bands import Adder, Reader
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.relevance import LinkMask
-from translution.backends.torch.steps import Adder, Reader, crossed, reversed_product
+from translution.backends.torch.steps import crossed, reversed_product
 
 
 class _InnerProducts(Operation):
@@ -36,7 +37,7 @@ class _InnerProducts(Operation):
         out = tensors[0].new_empty((call.links.count, query.batch, query.encoded.heads))
         products = query.workspace()
         for visit in call.links.visits:
-            own = crossed(key.encode(visit), query.encode(visit), products[visit.shape])
+            own = crossed(key.encode(visit), query.encode(visit).parts, products[visit.shape])
             torch.sum(own, -1, out=out[visit.start : visit.stop].view(own.shape[:-1]))
         return out
 
@@ -55,12 +56,12 @@ class _InnerProducts(Operation):
         query, key = call.steps(tensors, gathered)
         products = query.workspace()
         for visit in call.links.visits:
-            q, k, out = query.encode(visit), key.encode(visit), products[visit.shape]
-            g = torch.unflatten(cotangent[visit.start : visit.stop], 0, visit.shape).unsqueeze(-1)
+            q, k, room = query.encode(visit), key.encode(visit), products[visit.shape]
+            g = torch.unflatten(cotangent[visit.start : visit.stop], 0, visit.shape).unsqueeze(-1).unbind(0)
             if query.wanted:
-                query.push(visit, crossed(k, g, out))
+                query.push(visit, crossed(k, g, room))
             if key.wanted:
-                key.push(visit, reversed_product(q, g, out))
+                key.push(visit, reversed_product(q, g, room))
         gathered.close()
         return (None, *gathered.results())
 
@@ -107,7 +108,7 @@ class _Aggregation(Operation):
         for visit in call.links.visits:
             g = rows.rows(visit.query).view(*visit.shape, *cotangent.shape[1:])
             if d_weights is not None:
-                own = value.encode(visit) * g
+                own = value.encode(visit).stacked() * g
                 torch.sum(own, -1, out=d_weights[visit.start : visit.stop].view(own.shape[:-1]))
             if value.wanted:
                 dv = g

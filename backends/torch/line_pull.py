@@ -1,0 +1,138 @@
+"""Softmax by lines, backward: from the weights to the gradients of all tensors of a call.
+
+dv_ij = a_ij do_i    dl_ij = scale a_ij (<do_i, v_ij> - <do_i, o_i>)    dq_ij = dl_ij k_ij    dk_ij = dl_ij q_ij
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from translution.backends.torch.bands import Reader
+from translution.backends.torch.line_part import LinePart, by_head, with_turned_columns
+from translution.backends.torch.lines import box, by_line, product
+from translution.backends.torch.steps import crossed, multiplied, reversed_product
+from translution.backends.torch.visits import Visit
+
+
+class LinePull:
+    """The backward of a part of the batch: ``cotangent`` and ``out`` are [N, b, H, D], the relative features last.
+
+    ``d_query``, ``d_key`` and ``d_value`` [H * b, N, D] are the gradients in the other features.
+    """
+
+    def __init__(self, part: LinePart, cotangent: Tensor, out: Tensor) -> None:
+        self._part, self._plan, self._lines = part, part.plan, part.lines
+        plain = part.value.shape[2]
+        registers, sizes = self._lines.registers, (self._lines.rows, self._lines.width)
+        delta = with_turned_columns((cotangent * out).sum(-1).permute(2, 1, 0).unsqueeze(-1), self._lines)
+        self._delta_of_registers = delta[..., :registers, :]
+        self._delta_of_grid = torch.unflatten(delta[..., registers:, :], -2, sizes)
+        self._relative = cotangent[..., plain:].flatten(2)
+        self._cotangent = with_turned_columns(by_head(cotangent[..., :plain]), self._lines)
+        self.d_query, self.d_key, self.d_value = (torch.zeros_like(t) for t in (part.query, part.key, part.value))
+        self._d_grid = torch.unflatten(self.d_query[:, registers:], 1, sizes)
+        if self._plan.has_values:
+            self._turned = by_line(self._relative, self._lines).flip(0)
+            self._reader = Reader(self._relative)
+            self._border = self._border_products()
+
+    def back(self, kept: Iterator[Tensor] | None) -> None:
+        """The registers, and all columns; the weights of each from ``kept``, or computed again."""
+        part, lines = self._part, self._lines
+        weights_by_link, logits_by_link = part.border_room(), part.border_room()
+        for role in part.roles:
+            role.collect()
+        if lines.registers:
+            index = slice(0, lines.registers)
+            weights = part.weights_of_registers() if kept is None else next(kept)
+            cotangent = self._cotangent[:, index]
+            d_weights = self._d_weights(weights, cotangent)
+            if self._plan.has_values:
+                d_weights.add_(part.of_registers(self._border))
+            d_logits = self._d_logits(weights, d_weights, self._delta_of_registers)
+            self.d_query[:, index] = self._push(weights, d_logits, part.query[:, index], cotangent)
+            part.keep_registers(weights, weights_by_link)
+            part.keep_registers(d_logits, logits_by_link)
+        for columns in part.columns:
+            weights = part.weights(columns) if kept is None else next(kept)
+            cotangent = part.queries(self._cotangent, columns)
+            d_weights = self._d_weights(weights, cotangent)
+            if self._plan.has_values:
+                self._back_values(weights, d_weights, columns)
+            d_logits = self._d_logits(weights, d_weights, self._delta_of_grid[..., columns, :])
+            d_query = self._push(weights, d_logits, part.queries(part.query, columns), cotangent)
+            self._d_grid[:, :, columns].copy_(torch.unflatten(d_query, 1, (lines.rows, -1)))
+            if self._plan.has_logits:
+                for slab, q, k in part.encoded(columns):
+                    d_products = part.read(d_logits, slab)
+                    part.roles[0].push(slab, columns, d_products, k, part.rooms[2])
+                    part.roles[1].push(slab, columns, d_products, q, part.rooms[2])
+            if lines.border:
+                part.keep_columns(weights, columns, weights_by_link)
+                part.keep_columns(d_logits, columns, logits_by_link)
+        self._back_border(weights_by_link, logits_by_link)
+        self.d_query = with_turned_columns(self.d_query, lines)
+
+    def _border_products(self) -> Tensor:
+        """<do_i, v_ij> of the registers' links."""
+        found = self._part.border_room()
+        if self._lines.border:
+            value = self._part.steps[-1]
+            rooms = value.workspace()
+            for visit, own in self._part.border():
+                products = multiplied(value.encode(visit), self._rows(visit), rooms[visit.shape])
+                torch.sum(products, -1, out=found[own].view(products.shape[:-1]))
+        return found
+
+    def _rows(self, visit: Visit) -> Tensor:
+        """The result's gradient at the queries of a visit."""
+        heads, width = self._plan.heads, self._plan.call.roles[-1].head_dim
+        return self._reader.rows(visit.query).view(*visit.shape, self._part.batch, heads, width)
+
+    def _d_weights(self, weights: Tensor, cotangent: Tensor) -> Tensor:
+        """<do_i, v_j> in the features that are not relative."""
+        return (cotangent @ self._part.value.mT).view(weights.shape)
+
+    def _d_logits(self, weights: Tensor, d_weights: Tensor, delta: Tensor) -> Tensor:
+        return d_weights.sub_(delta).mul_(weights).mul_(self._plan.scale)
+
+    def _push(self, weights: Tensor, d_logits: Tensor, query: Tensor, cotangent: Tensor) -> Tensor:
+        """Gather the gradients of keys and values in the features that are not relative; that of the queries."""
+        own = d_logits.flatten(2, -2).flatten(0, 1)
+        self.d_value.baddbmm_(weights.flatten(2, -2).flatten(0, 1).mT, cotangent)
+        self.d_key.baddbmm_(own.mT, query)
+        return own @ self._part.key
+
+    def _back_values(self, weights: Tensor, d_weights: Tensor, columns: slice) -> None:
+        """Add <do_i, v_ij> to ``d_weights``, and gather the values' gradients."""
+        part, value = self._part, self._part.roles[-1]
+        if self._lines.border:
+            d_weights[..., : self._lines.registers] += part.of_columns(self._border, columns)
+        width = self._plan.call.roles[-1].head_dim
+        for slab in self._lines.slabs:
+            features = value.encode(slab, columns, part.rooms[0])
+            cotangent = box(self._turned[columns], slab.query, slab).flatten(2)
+            own = torch.unflatten(cotangent, 1, (1, self._plan.heads, width))
+            part.write(product(features, own, part.rooms[2]).sum(3), d_weights, slab, True)
+            value.push(slab, columns, part.read(weights, slab), own, part.rooms[2])
+
+    def _back_border(self, weights: Tensor, d_logits: Tensor) -> None:
+        steps = self._part.steps
+        if not steps:
+            return
+        if self._plan.has_logits:
+            query, key = steps[:2]
+            rooms = query.workspace()
+            for visit, own in self._part.border():
+                d_products = torch.unflatten(d_logits[own], 0, visit.shape).unsqueeze(-1).unbind(0)
+                q, k = query.encode(visit), key.encode(visit)
+                if query.wanted:
+                    query.push(visit, crossed(k, d_products, rooms[visit.shape]))
+                if key.wanted:
+                    key.push(visit, reversed_product(q, d_products, rooms[visit.shape]))
+        if self._plan.has_values and steps[-1].wanted:
+            for visit, own in self._part.border():
+                steps[-1].push(visit, self._rows(visit) * torch.unflatten(weights[own], 0, visit.shape).unsqueeze(-1))
