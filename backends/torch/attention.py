@@ -10,7 +10,6 @@ the result is the same. With a_ij = p_ij / s_i, encoded and computed again from 
 The batch is gone through in parts, so that the workspaces don't grow with it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from translution.backends.torch import pairwise, plain
 from translution.backends.torch.bands import Adder, Reader
-from translution.backends.torch.call import Call, Gathered
+from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
@@ -57,9 +56,7 @@ class _Attention:
         bands = 12 if backward else 6
         rows = bands * max(links.geometry.num_queries, links.geometry.num_keys) + 5 * links.widest
         item = rows * role.heads * role.head_dim * 4
-        count = min(max(batch, 1), math.ceil(batch * item / WORKSPACE_BYTES) or 1)
-        size = math.ceil(batch / count)
-        return [slice(start, start + size) for start in range(0, max(batch, 1), max(size, 1))]
+        return divided(batch, item, WORKSPACE_BYTES)
 
     def logits(self, products: Tensor, visit: Visit, bias: Tensor | None, part: slice) -> Tensor:
         """l [displacements, P, B, H] from q_ij k_ij [.., D]; -inf where masked."""

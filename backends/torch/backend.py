@@ -1,6 +1,6 @@
 """The backend ``torch``: CPU and CUDA, differentiable (clauses B1, D1 to D3, M3, M4, O1 to O3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -11,7 +11,14 @@ from translution.algorithms import Cost, Request, why_not
 from translution.arrays import Kind
 from translution.backends.torch import attention, line_attention, native, pairwise, stream
 from translution.backends.torch.derivatives import no_autocast
-from translution.backends.torch.encoding import accumulator, encode_role, encode_values, join_values, project_output
+from translution.backends.torch.encoding import (
+    Encoded,
+    accumulator,
+    encode_role,
+    encode_values,
+    join_values,
+    project_output,
+)
 from translution.backends.torch.links import Links, links
 from translution.backends.torch.relevance import LinkMask, bias_table, dense_weights, link_mask, link_weights
 from translution.geometry import geometry
@@ -116,21 +123,27 @@ class _Call:
             query = encode_role(form.query, self.params, self.x, links.geometry, "query")
             key = encode_role(form.key, self.params, self.y, links.geometry, "key")
             roles = [query, key, *(part.encoded for part in parts)]
-            if method is stream and not return_weights:
-                attended = line_attention.attend(form, links, mask, roles)
-                if attended is not None:
-                    return join_values(parts, [attended], heads, form.value.head_dim), None
-            if method is stream and not return_weights and attention.is_one_pass(form, links, mask, roles):
-                (branch,) = form.branches
-                bias = None if branch.bias is None else bias_table(branch.bias, links, self.params, self.x.dtype)
-                by_part = attention.attend(form, links, mask, bias, roles)
-                return join_values(parts, by_part, heads, form.value.head_dim), None
+            attended = self._attended(roles) if method is stream and not return_weights else None
+            if attended is not None:
+                return join_values(parts, attended, heads, form.value.head_dim), None
             content = method.inner_products(query, key, links, mask)
         weights = link_weights(form, content, self.params, links, mask, self.x.dtype)
         full = None if weights is None else weights.expand(links.count, self.x.shape[1], heads)
         aggregated = [method.aggregate(full, part.encoded, links, mask) for part in parts]
         found = join_values(parts, aggregated, heads, form.value.head_dim)
         return found, dense_weights(weights, links, self.x, heads) if return_weights else None
+
+    def _attended(self, roles: Sequence[Encoded]) -> list[Tensor] | None:
+        """o_i of every value role [Nq, B, H, D], where logits need not be held; None where they must."""
+        form, links, mask = self.form, self.links, self.mask
+        by_lines = line_attention.attend(form, links, mask, roles)
+        if by_lines is not None:
+            return [by_lines]
+        if not attention.is_one_pass(form, links, mask, roles):
+            return None
+        (branch,) = form.branches
+        bias = None if branch.bias is None else bias_table(branch.bias, links, self.params, self.x.dtype)
+        return attention.attend(form, links, mask, bias, roles)
 
 
 def _projected(request: Request, params: Mapping[str, Tensor], inputs: Inputs, heads: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One hand-written operation on roles: what both of its directions know, and the gradients as they are gathered."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,16 @@ from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.steps import RoleSteps
 
 EVERYTHING = slice(None)
+
+
+def divided(number: int, size: int, most: int) -> list[slice]:
+    """``number`` things of ``size`` bytes in parts of about as many, each of at most ``most`` bytes or a single thing.
+
+    Nothing is one part.
+    """
+    count = min(max(number, 1), math.ceil(number * size / most) or 1)
+    step = math.ceil(number / count) or 1
+    return [slice(start, min(start + step, number)) for start in range(0, max(number, 1), step)]
 
 
 @dataclass(frozen=True, slots=True)

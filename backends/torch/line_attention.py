@@ -122,7 +122,7 @@ def attend(form: NormalForm, links: Links, mask: LinkMask | None, roles: Sequenc
     outside = [plain.outside(role, span) for role, span in ((query, spans[0]), (key, spans[0]), (value, spans[1]))]
     call, tensors = Call.of(links, mask, *inside)
     features = heads * max(query.head_dim, value.head_dim)
-    plan = LinePlan(lines, call, branch.scale, heads, features)
+    plan = LinePlan(lines, call, branch.scale, features)
     found = _Softmax.call(plan, *outside, *tensors)
     if spans[1][0] == spans[1][1]:
         return found

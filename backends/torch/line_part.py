@@ -7,7 +7,7 @@ visited as everywhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -87,12 +87,16 @@ class LinePart:
     @cached_property
     def _border(self) -> Tensor:
         """<q_i, k_ij> of the registers' links, in the relative features."""
-        found = self.border_room()
         query, key = self.steps[:2]
         rooms = query.workspace()
+        return self.border_sums(lambda v: crossed(key.encode(v), query.encode(v).parts, rooms[v.shape]))
+
+    def border_sums(self, products: Callable[[Visit], Tensor]) -> Tensor:
+        """Sums over the features of every visit's products, for all registers' links."""
+        found = self.border_room()
         for visit, own in self.border():
-            products = crossed(key.encode(visit), query.encode(visit).parts, rooms[visit.shape])
-            torch.sum(products, -1, out=found[own].view(products.shape[:-1]))
+            product = products(visit)
+            torch.sum(product, -1, out=found[own].view(product.shape[:-1]))
         return found
 
     def of_registers(self, by_link: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch import pairwise, plain
-from translution.backends.torch.call import Call
+from translution.backends.torch.call import Call, divided
 from translution.backends.torch.lines import Lines
 from translution.backends.torch.relevance import softmax
 
@@ -18,12 +17,6 @@ from translution.backends.torch.relevance import softmax
 WORKSPACE_BYTES = 24 << 20
 # Weights of the whole batch that are kept for the backward; more than that are computed again.
 KEPT_BYTES = 6 << 20
-
-
-def _equal(size: int, count: int) -> list[slice]:
-    """``size`` in ``count`` parts of about the same size; one part of nothing."""
-    step = math.ceil(size / count) or 1
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +30,12 @@ class LinePlan:
     lines: Lines
     call: Call
     scale: float
-    heads: int
     features: int
+
+    @property
+    def heads(self) -> int:
+        """Of every role."""
+        return self.call.roles[0].heads
 
     @property
     def has_logits(self) -> bool:
@@ -66,14 +63,12 @@ class LinePlan:
 
     def parts(self, batch: int, kept: bool) -> list[slice]:
         """The batch in parts of about the same size."""
-        count = min(max(batch, 1), math.ceil(batch * sum(self._bytes(kept)) / WORKSPACE_BYTES) or 1)
-        return _equal(batch, count)
+        return divided(batch, sum(self._bytes(kept)), WORKSPACE_BYTES)
 
     def columns(self, batch: int, kept: bool) -> list[slice]:
         """The columns u of the queries in parts, for ``batch`` items."""
         pairs, others = (batch * size for size in self._bytes(kept))
-        count = math.ceil(pairs / max(WORKSPACE_BYTES - others, 1)) or 1
-        return _equal(self.lines.width, min(count, self.lines.width))
+        return divided(self.lines.width, pairs // self.lines.width, max(WORKSPACE_BYTES - others, 1))
 
     def turned(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The roles' matrices as :class:`LineRole` has them."""

@@ -37,7 +37,12 @@ class LinePull:
         if self._plan.has_values:
             self._turned = by_line(self._relative, self._lines).flip(0)
             self._reader = Reader(self._relative)
-            self._border = self._border_products()
+            if self._lines.border:
+                value = part.steps[-1]
+                rooms = value.workspace()
+                self._border = part.border_sums(
+                    lambda visit: multiplied(value.encode(visit), self._rows(visit), rooms[visit.shape])
+                )
 
     def back(self, kept: Iterator[Tensor] | None) -> None:
         """The registers, and all columns; the weights of each from ``kept``, or computed again."""
@@ -75,17 +80,6 @@ class LinePull:
                 part.keep_columns(d_logits, columns, logits_by_link)
         self._back_border(weights_by_link, logits_by_link)
         self.d_query = with_turned_columns(self.d_query, lines)
-
-    def _border_products(self) -> Tensor:
-        """<do_i, v_ij> of the registers' links."""
-        found = self._part.border_room()
-        if self._lines.border:
-            value = self._part.steps[-1]
-            rooms = value.workspace()
-            for visit, own in self._part.border():
-                products = multiplied(value.encode(visit), self._rows(visit), rooms[visit.shape])
-                torch.sum(products, -1, out=found[own].view(products.shape[:-1]))
-        return found
 
     def _rows(self, visit: Visit) -> Tensor:
         """The result's gradient at the queries of a visit."""

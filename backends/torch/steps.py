@@ -226,9 +226,9 @@ class RoleSteps:
 
     def add_encoded(self, visit: Visit, total: Tensor) -> None:
         """Add the result of a visit to ``total`` [displacements, P * B, features]."""
-        matrix = self._matrix(0, visit) if self._is_product and self._dead is None else None
-        if matrix is not None and matrix.dim() == 3 and total.is_contiguous() and visit.shape not in self._many[0]:
-            total.baddbmm_(self._z[0].rows(self._place(visit)), matrix)
+        is_one_call = self._is_product and self._dead is None and visit.shape not in self._many[0]
+        if is_one_call and self.encoded.tables[0].matrices.dim() == 3 and total.is_contiguous():
+            total.baddbmm_(self._z[0].rows(self._place(visit)), self._matrix(0, visit))
             return
         for own, features in zip(total.unbind(0), self.encode(visit).parts, strict=True):
             own.add_(features.view(own.shape))
