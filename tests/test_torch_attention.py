@@ -155,8 +155,9 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     live = torch.rand((5, 2, 13, 13), generator=generator) < 0.7
     mask = {"none": None, "bool": live, "float": torch.where(live, 0.3, -np.inf).double()}[kind]
     whole = results(FULL, params, x, mask=mask, algorithm="pairwise")
-    # Six times 13 tokens, in backward twelve times, and five times the 24 links of mirrored neighbours.
-    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (6 * 13 + 5 * 24) * 8 * 4)
+    # Two items: six times 13 tokens and four times the 24 links of mirrored neighbours, of eight float64 each.
+    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (6 * 13 + 4 * 24) * 8 * 8)
+    monkeypatch.setattr(attention, "STRETCH_BYTES", (0, 0))
     if origin == "largest":
         monkeypatch.setattr(attention, "FAR_LOGIT", -np.inf)
     seen = []

@@ -370,8 +370,12 @@ class _Largest(TorchDispatchMode):
         Operator(Lattice((8, 8)), 48, 2, LowRank(6, 48), LowRank(6, 48), LowRank(6, 48)),
     ],
 )
-def test_stream_creates_no_tensor_of_links_times_features(operator: Operator) -> None:
-    """Nothing larger than tokens x features, links x heads, or the largest table; ``pairwise`` creates it."""
+def test_stream_creates_no_tensor_of_links_times_features(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing larger than tokens x features, links x heads, or the largest table; ``pairwise`` creates it.
+
+    But for a stretch of visits, whose size no operator and no batch changes.
+    """
+    monkeypatch.setattr("translution.backends.torch.attention.STRETCH_BYTES", (0, 0))
     case, batch = _case(operator, batch=16), 16
     links, tokens = geometry(operator.layout).num_links, operator.layout.num_queries
     features = operator.num_heads * max(operator.head_dim, operator.value_head_dim)

@@ -253,8 +253,15 @@ def fewest_devices(request: Request, way: str, memory: int, layers: int = 1) -> 
         return 0
     roomiest = max(room.values())
     first = _first(start, most, lambda devices: need(request, way, devices, layers).working <= roomiest)
-    # Parts that are padded to be equal make room uneven.
-    return next((n for n in range(first, most + 1) if need(request, way, n, layers).working <= room[n]), 0)
+
+    def fits(devices: int) -> bool:
+        return room[devices] > 0 and need(request, way, devices, layers).working <= room[devices]
+
+    # Parts that are padded to be equal make room uneven, and what a call takes may grow a little with the devices.
+    found = next((n for n in range(first, most + 1) if fits(n)), 0)
+    while found > 1 and fits(found - 1):
+        found -= 1
+    return found
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:

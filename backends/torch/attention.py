@@ -11,26 +11,30 @@ The batch is gone through in parts, so that the workspaces don't grow with it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from translution.backends.torch import pairwise, plain
-from translution.backends.torch.bands import Adder, Reader
+from translution.backends.torch.bands import Adder
 from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
+from translution.backends.torch.full import FullBackward, FullForward, is_full
+from translution.backends.torch.general import GeneralBackward, GeneralForward
 from translution.backends.torch.links import Links
+from translution.backends.torch.products import uses_onednn
 from translution.backends.torch.relevance import LinkMask, items, softmax
-from translution.backends.torch.steps import RoleSteps, Room, crossed, multiplied, reversed_product
-from translution.backends.torch.visits import Visit
+from translution.backends.torch.stretches import Stretch
 from translution.normal_form import NormalForm
 
 # The workspaces of a part of the batch, unless one item alone has more. Parts share the reading of the tables less than
 # larger parts would, and each has its own small operations.
 WORKSPACE_BYTES = 30 << 20
+# What a stretch's features take, forward and backward, unless it is one visit.
+STRETCH_BYTES = 4 << 20, 2 << 20
 # A first logit beyond this, or a sum outside these, and the largest logit is looked for.
 FAR_LOGIT = 30.0
 SUMS = 1e-18, 1e18
@@ -48,26 +52,50 @@ class _Attention:
     added: Tensor | None
     dead: Tensor | None
 
+    @property
+    def _row(self) -> int:
+        """Bytes of one item's features of one token or link."""
+        role = self.call.roles[0]
+        return role.heads * role.head_dim * self.scale.element_size()
+
     def parts(self, batch: int, backward: bool = False) -> list[slice]:
         """The batch in parts of about the same size."""
-        links, role = self.call.links, self.call.roles[0]
-        # Up to three bands each of tokens and results; backward of tokens, as they are and turned, their gradient and
-        # the cotangent. And five results of a visit.
-        bands = 12 if backward else 6
-        rows = bands * max(links.geometry.num_queries, links.geometry.num_keys) + 5 * links.widest
-        item = rows * role.heads * role.head_dim * 4
-        return divided(batch, item, WORKSPACE_BYTES)
+        links = self.call.links
+        # Bands of tokens and results; backward of tokens, as they are and turned, their gradient and the cotangent.
+        # Features of a visit, and of a stretch, which is at least a visit.
+        of_bands, of_visits, of_stretches = (3 + uses_onednn(), 2, 3) if backward else (2, 3, 1)
+        bands = of_bands * max((len(visit.query.bands) + visit.key.lane for visit in links.visits), default=0)
+        tokens = bands * max(links.geometry.num_queries, links.geometry.num_keys)
+        shared = of_stretches * STRETCH_BYTES[backward]
+        large = (tokens + (of_visits + of_stretches) * links.widest) * self._row
+        small = (tokens + of_visits * links.widest) * self._row
+        return divided(batch, 1, min(WORKSPACE_BYTES // large, (WORKSPACE_BYTES - shared) // small))
 
-    def logits(self, products: Tensor, visit: Visit, bias: Tensor | None, part: slice) -> Tensor:
-        """l [displacements, P, B, H] from q_ij k_ij [.., D]; -inf where masked."""
+    def in_large_parts(self, tensors: Sequence[Tensor]) -> "_Attention":
+        """For the backward: where it takes several parts, with visits that leave room for larger ones.
+
+        Every part reads all tables and adds to all their gradients.
+        """
+        if torch.compiler.is_compiling() or not is_full(self.call, tensors):
+            return self
+        if len(self.parts(tensors[0].shape[1], backward=True)) == 1:
+            return self
+        return replace(self, call=replace(self.call, links=self.call.links.apart))
+
+    def stretches(self, batch: int, backward: bool = False) -> tuple[Stretch, ...]:
+        """All visits, for a part of the batch of ``batch`` items."""
+        return self.call.links.stretches(STRETCH_BYTES[backward] // (max(batch, 1) * self._row))
+
+    def logits(self, products: Tensor, stretch: Stretch, bias: Tensor | None, part: slice) -> Tensor:
+        """l [links, B, H] from q_ij k_ij [.., D]; -inf where masked."""
         found = products.sum(-1).mul_(self.scale)
-        own = slice(visit.start, visit.stop)
+        own = slice(stretch.start, stretch.stop)
         if bias is not None:
-            found.add_(bias[visit.value_rows, None, None])
+            found.add_(bias.index_select(0, self.call.links.value_class[own]).unsqueeze(1))
         if self.added is not None:
-            found.add_(torch.unflatten(items(self.added, part)[own], 0, visit.shape))
+            found.add_(items(self.added, part)[own])
         if self.dead is not None:
-            found.masked_fill_(torch.unflatten(items(self.dead, part)[own], 0, visit.shape), -torch.inf)
+            found.masked_fill_(items(self.dead, part)[own], -torch.inf)
         return found
 
     def whole(self, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -88,27 +116,24 @@ class _Part:
 
     def __init__(self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice) -> None:
         self._attention, self._bias, self._part, self._links = attention, bias, part, attention.call.links
-        self._query, self._key, *self._values = attention.call.steps(tensors, None, part)
-        self._products = self._query.workspace()
+        call, self._stretches = attention.call, attention.stretches(tensors[0][:, part].shape[1])
+        visited = FullForward if is_full(call, tensors) else GeneralForward
+        self._visited: FullForward | GeneralForward = visited(call, tensors, part, self._stretches)
 
-    def _logits(self, visit: Visit) -> Tensor:
-        products = crossed(self._key.encode(visit), self._query.encode(visit).parts, self._products[visit.shape])
-        return self._attention.logits(products, visit, self._bias, self._part)
+    def _logits(self, stretch: Stretch) -> Tensor:
+        return self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part)
 
     def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> bool:
         """Sum up o_i s_i and s_i, which are 0 yet; whether they can be relied on: with ``highest`` always."""
-        adders, totals = [Adder(out) for out in outs], Adder(total)
-        shift = None if highest is None else Reader(highest)
-        for number, visit in enumerate(self._links.visits):
-            weights = self._logits(visit)
-            if shift is not None:
-                weights.sub_(shift.rows(visit.query).view(weights.shape))
+        heads = total.shape[2]
+        adders, totals = [Adder(out, (heads, out.shape[2] // heads)) for out in outs], Adder(total, (heads, 1))
+        for number, stretch in enumerate(self._stretches):
+            weights = self._logits(stretch)
+            if highest is not None:
+                weights.sub_(highest.index_select(0, self._links.query_index[stretch.start : stretch.stop]))
             elif number == 0 and _beyond(weights, -torch.inf, FAR_LOGIT):
                 return False
-            weights.exp_()
-            totals.rows(visit.query).view(weights.shape).add_(weights)
-            for value, adder in zip(self._values, adders, strict=True):
-                value.add_weighted(visit, weights, adder.rows(visit.query))
+            self._visited.add(stretch, weights.exp_(), totals, adders)
         for adder in (totals, *adders):
             adder.close()
         return highest is not None or self._is_safe(outs, total)
@@ -129,9 +154,9 @@ class _Part:
         """The largest logit of every query, 0 where it sees nothing."""
         index = self._links.query_index
         found = torch.full_like(out, -torch.inf)
-        for visit in self._links.visits:
-            logits = self._logits(visit).flatten(0, 1)
-            own = index[visit.start : visit.stop, None, None].expand(logits.shape)
+        for stretch in self._stretches:
+            logits = self._logits(stretch)
+            own = index[stretch.start : stretch.stop, None, None].expand(logits.shape)
             found.scatter_reduce_(0, own, logits, "amax")
         out.copy_(found.masked_fill_(found == -torch.inf, 0.0))
 
@@ -188,12 +213,13 @@ class _Softmax(Operation):
                 return attention.whole(own_bias, own)
 
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
+        attention = attention.in_large_parts(tensors)
         d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
         gathered = Gathered(attention.call, tensors, needs[1:])
         for part in attention.parts(out.shape[1], backward=True):
             own_highest = None if highest is None else highest[:, part]
             pull = _Pull(attention, bias, cotangent[:, part], out[:, part], total[:, part], own_highest)
-            pull.back(attention.call.steps(tensors, gathered, part), part, d_bias)
+            pull.back(tensors, gathered, part, d_bias)
             gathered.close()
         return (None, d_bias, *gathered.results())
 
@@ -212,48 +238,30 @@ class _Pull:
     ) -> None:
         self._attention, self._bias, self._links = attention, bias, attention.call.links
         widths = [role.head_dim for role in attention.call.roles[2:]]
-        self._cotangents = [Reader(part.flatten(2)) for part in torch.split(cotangent, widths, -1)]
-        self._shift = None if highest is None else Reader(highest)
-        self._inverse, self._delta = Reader(1.0 / total), Reader((cotangent * out).sum(-1))
+        self._cotangents = [own.flatten(2) for own in torch.split(cotangent, widths, -1)]
+        self._highest, self._inverse, self._delta = highest, 1.0 / total, (cotangent * out).sum(-1)
 
-    def back(self, roles: Sequence[RoleSteps], part: slice, d_bias: Tensor | None) -> None:
-        """Visit by visit."""
-        query, key, *values = roles
-        products, width = query.workspace(), (query.encoded.heads, query.encoded.head_dim)
-        work = [products if (v.encoded.heads, v.encoded.head_dim) == width else v.workspace() for v in values]
-        for visit in self._links.visits:
-            q, k, own = query.encode(visit), key.encode(visit), products[visit.shape]
-            logits = self._attention.logits(crossed(k, q.parts, own), visit, self._bias, part)
-            weights = logits if self._shift is None else logits.sub_(self._rows(self._shift, visit, logits))
-            weights.exp_().mul_(self._rows(self._inverse, visit, weights))
-            d_logits = -self._rows(self._delta, visit, weights)
-            for value, reader, room in zip(values, self._cotangents, work, strict=True):
-                g = reader.rows(visit.query).view(*weights.shape, value.encoded.head_dim)
-                self._value(value, visit, g, weights, d_logits, room[visit.shape])
+    def back(self, tensors: Sequence[Tensor], gathered: Gathered, part: slice, d_bias: Tensor | None) -> None:
+        """Stretch by stretch."""
+        call = self._attention.call
+        stretches = self._attention.stretches(self._delta.shape[1], backward=True)
+        visited = FullBackward if is_full(call, tensors) else GeneralBackward
+        back: FullBackward | GeneralBackward = visited(call, tensors, gathered, part, stretches, self._cotangents)
+        for stretch in stretches:
+            weights, d_logits = self._weights(back.products(stretch), stretch, part)
+            back.values(stretch, weights, d_logits)
             d_logits.mul_(weights)
             if d_bias is not None:
-                d_bias[visit.value_rows] += d_logits.sum((1, 2))
-            d_products = d_logits.mul_(self._attention.scale).unsqueeze(-1).unbind(0)
-            if query.wanted:
-                query.push(visit, crossed(k, d_products, own))
-            if key.wanted:
-                key.push(visit, reversed_product(q, d_products, own))
+                d_bias.index_add_(0, self._links.value_class[stretch.start : stretch.stop], d_logits.sum(1))
+            back.push(stretch, d_logits.mul_(self._attention.scale))
 
-    @staticmethod
-    def _rows(reader: Reader, visit: Visit, like: Tensor) -> Tensor:
-        return reader.rows(visit.query).view(like.shape)
-
-    @staticmethod
-    def _value(value: RoleSteps, visit: Visit, g: Tensor, weights: Tensor, d_weights: Tensor, room: Room) -> None:
-        """Add <do_i, v_ij> to ``d_weights``, and push a_ij do_i."""
-        if value.encoded.heads == g.shape[3]:
-            d_weights.add_(multiplied(value.encode(visit), g, room).sum(-1))
-            own = torch.mul(g, weights.unsqueeze(-1), out=room.whole)
-        else:
-            d_weights.add_((value.seen(visit, g.shape[3]).stacked() * g).sum(-1))
-            own = (g * weights.unsqueeze(-1)).sum(3, keepdim=True)
-        if value.wanted:
-            value.push(visit, own)
+    def _weights(self, products: Tensor, stretch: Stretch, part: slice) -> tuple[Tensor, Tensor]:
+        """a_ij and -<do_i, o_i> [links, B, H], from q_ij k_ij [links, B, H, D]."""
+        query = self._links.query_index[stretch.start : stretch.stop]
+        weights = self._attention.logits(products, stretch, self._bias, part)
+        if self._highest is not None:
+            weights.sub_(self._highest.index_select(0, query))
+        return weights.exp_().mul_(self._inverse.index_select(0, query)), -self._delta.index_select(0, query)
 
 
 def is_one_pass(form: NormalForm, links: Links, mask: LinkMask | None, roles: Sequence[Encoded]) -> bool:

@@ -11,24 +11,21 @@ from translution.backends.torch.visits import Band, Place
 class _Lane:
     """The bands that are open: their rows in the tokens themselves, or in a copy."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, item: tuple[int, int] | None) -> None:
         _, self._batch, self._features = tokens.shape
-        self._tokens = tokens.flatten(1)
+        self._item, self._tokens = item, tokens.flatten(1)
         self._rows = self._buffer = tokens.new_empty((0, self._features))
-        self._bands: tuple[Band, ...] = ()
+        # The bands that are open.
+        self.bands: tuple[Band, ...] = ()
         self._is_copy = False
         # Roles and both directions ask for the same rows again: a look costs less than to make the view anew.
-        self._place: Place | None = None
-        self._view = self._rows
+        self.place: Place | None = None
+        self.view = self._rows
         self._turned = self._turned_buffer = tokens.new_empty(0)
-
-    def holds(self, place: Place) -> bool:
-        """Whether the bands of ``place`` are open."""
-        return place.bands is self._bands
 
     def open(self, place: Place) -> None:
         """Make room for the rows of all bands, where they don't lie in the tokens together."""
-        self._bands, self._place, self._view = place.bands, None, self._tokens
+        self.bands, self.place, self.view = place.bands, None, self._tokens
         self._turned = self._turned[:0]
         own = place.bands[0].lies_in(self._tokens) if len(place.bands) == 1 else None
         self._is_copy = own is None
@@ -55,25 +52,27 @@ class _Lane:
         """Add the copy to the tokens."""
         for band, rows in self._copies():
             band.add(rows, self._tokens)
-        self._bands, self._is_copy, self._place = (), False, None
+        self.bands, self._is_copy, self.place = (), False, None
 
     def _copies(self) -> list[tuple[Band, Tensor]]:
         if not self._is_copy:
             return []
-        parts = torch.split(self._rows, [band.length * self._batch for band in self._bands])
-        return [(b, p.view(b.length, self._tokens.shape[1])) for b, p in zip(self._bands, parts, strict=True)]
+        parts = torch.split(self._rows, [band.length * self._batch for band in self.bands])
+        return [(b, p.view(b.length, self._tokens.shape[1])) for b, p in zip(self.bands, parts, strict=True)]
 
     def rows(self, place: Place) -> Tensor:
         """The rows of ``place``, whose bands are open."""
-        if place is not self._place:
-            row = self._batch * self._features
-            self._place = place
-            self._view = self._rows.as_strided(
-                (place.displacements, place.count * self._batch, self._features),
-                (max(place.stride, 1) * row, self._features, 1),
-                self._rows.storage_offset() + place.first * row,
-            )
-        return self._view
+        batch, features, item = self._batch, self._features, self._item
+        row, number = batch * features, 2 if place.stride else 1
+        start = self._rows.storage_offset() + place.first * row
+        if item is None:
+            sizes: tuple[int, ...] = number, place.count * batch, features
+            strides: tuple[int, ...] = place.stride * row or 1, features, 1
+        else:
+            sizes = number, place.count, batch, *item
+            strides = place.stride * row or 1, row, features, item[1], 1
+        self.place, self.view = place, self._rows.as_strided(sizes, strides, start)
+        return self.view
 
     def turned(self, place: Place) -> Tensor:
         """The rows of ``place``, each a column, [displacements, F, P * B]; of all bands they are turned at once."""
@@ -92,38 +91,42 @@ class _Lane:
 
 
 class Reader:
-    """Rows of tokens [N, B, F], band by band."""
+    """Rows of tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, item: tuple[int, int] | None = None) -> None:
         self.shape = tokens.shape
         if tokens.flatten(1).stride(1) != 1:  # one feature that is expanded to all
             tokens = tokens.contiguous()
-        self._lanes = _Lane(tokens), _Lane(tokens)
+        self._lanes = _Lane(tokens, item), _Lane(tokens, item)
 
     def rows(self, place: Place) -> Tensor:
-        """The rows of ``place`` [displacements, P * B, F], not to be written."""
+        """The rows of ``place``, not to be written: [displacements, P * B, F], by item [displacements, P, B, *item]."""
         lane = self._lanes[place.lane]
-        if not lane.holds(place):
+        if place is lane.place:
+            return lane.view
+        if place.bands is not lane.bands:
             lane.open(place)
             lane.read()
         return lane.rows(place)
 
     def turned(self, place: Place) -> Tensor:
-        """What :meth:`rows` gives, [displacements, F, P * B]."""
+        """What :meth:`rows` gives without an item, as columns [displacements, F, P * B]."""
         self.rows(place)
         return self._lanes[place.lane].turned(place)
 
 
 class Adder:
-    """Sums into tokens [N, B, F], band by band."""
+    """Sums into tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._lanes = _Lane(tokens), _Lane(tokens)
+    def __init__(self, tokens: Tensor, item: tuple[int, int] | None = None) -> None:
+        self._lanes = _Lane(tokens, item), _Lane(tokens, item)
 
     def rows(self, place: Place) -> Tensor:
-        """The sums of ``place`` [displacements, P * B, F], to add to."""
+        """The sums of ``place``, to add to: [displacements, P * B, F], or by item [displacements, P, B, *item]."""
         lane = self._lanes[place.lane]
-        if not lane.holds(place):
+        if place is lane.place:
+            return lane.view
+        if place.bands is not lane.bands:
             lane.close()
             lane.open(place)
             lane.clear()

@@ -21,7 +21,7 @@ def divided(number: int, size: int, most: int) -> list[slice]:
 
     Nothing is one part.
     """
-    count = min(max(number, 1), math.ceil(number * size / most) or 1)
+    count = min(max(number, 1), math.ceil(number * size / max(most, 1)) or 1)
     step = math.ceil(number / count) or 1
     return [slice(start, min(start + step, number)) for start in range(0, max(number, 1), step)]
 

@@ -89,7 +89,12 @@ class LinePart:
         """<q_i, k_ij> of the registers' links, in the relative features."""
         query, key = self.steps[:2]
         rooms = query.workspace()
-        return self.border_sums(lambda v: crossed(key.encode(v), query.encode(v).parts, rooms[v.shape]))
+
+        def products(visit: Visit) -> Tensor:
+            crossed(key.encode(visit), query.encode(visit).parts, rooms[visit.shape].parts)
+            return rooms[visit.shape].whole
+
+        return self.border_sums(products)
 
     def border_sums(self, products: Callable[[Visit], Tensor]) -> Tensor:
         """Sums over the features of every visit's products, for all registers' links."""
@@ -236,8 +241,9 @@ class LinePart:
         lines = self.lines
         total = self._like.new_zeros((len(out), self.batch, relative.shape[1]))
         total[lines.registers :] = relative.flip(0).movedim((0, 1), (-3, -1)).flatten(0, -3)
-        adder = Adder(total)
+        adder = Adder(total, (self.plan.heads, self.plan.call.roles[-1].head_dim))
         for visit, own in self.border():
-            self.steps[-1].add_weighted(visit, torch.unflatten(by_link[own], 0, visit.shape), adder.rows(visit.query))
+            weights = torch.unflatten(by_link[own], 0, visit.shape).unsqueeze(-1)
+            self.steps[-1].add_weighted(visit, weights, adder.rows(visit.query))
         adder.close()
         out.copy_(total.view(out.shape))

@@ -36,7 +36,7 @@ class LinePull:
         self._d_grid = torch.unflatten(self.d_query[:, registers:], 1, sizes)
         if self._plan.has_values:
             self._turned = by_line(self._relative, self._lines).flip(0)
-            self._reader = Reader(self._relative)
+            self._reader = Reader(self._relative, (self._plan.heads, self._plan.call.roles[-1].head_dim))
             if self._lines.border:
                 value = part.steps[-1]
                 rooms = value.workspace()
@@ -83,8 +83,7 @@ class LinePull:
 
     def _rows(self, visit: Visit) -> Tensor:
         """The result's gradient at the queries of a visit."""
-        heads, width = self._plan.heads, self._plan.call.roles[-1].head_dim
-        return self._reader.rows(visit.query).view(*visit.shape, self._part.batch, heads, width)
+        return self._reader.rows(visit.query)
 
     def _d_weights(self, weights: Tensor, cotangent: Tensor) -> Tensor:
         """<do_i, v_j> in the features that are not relative."""
@@ -122,11 +121,13 @@ class LinePull:
             rooms = query.workspace()
             for visit, own in self._part.border():
                 d_products = torch.unflatten(d_logits[own], 0, visit.shape).unsqueeze(-1).unbind(0)
-                q, k = query.encode(visit), key.encode(visit)
+                q, k, room = query.encode(visit), key.encode(visit), rooms[visit.shape]
                 if query.wanted:
-                    query.push(visit, crossed(k, d_products, rooms[visit.shape]))
+                    crossed(k, d_products, room.parts)
+                    query.push(visit, room.whole)
                 if key.wanted:
-                    key.push(visit, reversed_product(q, d_products, rooms[visit.shape]))
+                    reversed_product(q, d_products, room.parts)
+                    key.push(visit, room.whole)
         if self._plan.has_values and steps[-1].wanted:
             for visit, own in self._part.border():
                 steps[-1].push(visit, self._rows(visit) * torch.unflatten(weights[own], 0, visit.shape).unsqueeze(-1))

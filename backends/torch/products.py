@@ -28,6 +28,11 @@ def _linear() -> Callable[..., Tensor] | None:
     return operation
 
 
+def uses_onednn() -> bool:
+    """Whether some products are made by oneDNN."""
+    return _linear() is not None
+
+
 def is_for_onednn(rows: int, matrices: Tensor, dtype: torch.dtype) -> bool:
     """Whether ``rows`` rows are better multiplied with one of the ``matrices`` [T, R, E] by oneDNN, in ``dtype``."""
     return (
@@ -36,7 +41,7 @@ def is_for_onednn(rows: int, matrices: Tensor, dtype: torch.dtype) -> bool:
         and dtype == torch.float32
         and matrices.device.type in ("cpu", "meta")  # what is counted on meta tensors is what a CPU does
         and not torch.compiler.is_compiling()
-        and _linear() is not None
+        and uses_onednn()
     )
 
 

@@ -1,8 +1,10 @@
 """One role visit by visit, with the gradients it gathers; out of sight of autograd, with workspaces of one call."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.products import by_onednn, is_for_onednn
 from translution.backends.torch.relevance import LinkMask
+from translution.backends.torch.stretches import Stretch
 from translution.backends.torch.visits import Place, Visit
 
 # A product of as many rows keeps all cores busy on its own.
@@ -75,21 +78,48 @@ def _outer(rows: Tensor, gradient: Tensor, total: Tensor, opens: bool, scratch: 
         total.add_(product)
 
 
-class Workspace(dict[tuple[int, int], Room]):
-    """Room for the features of one visit at a time, of ``links`` links at most, for every :attr:`Visit.shape`.
+def _room(own: Tensor, displacements: int) -> Room:
+    """Room for a visit in ``own`` [displacements * P, B, heads, head_dim]."""
+    links, batch, heads, width = own.shape
+    count = links // displacements
+    whole = own.view(displacements, count, batch, heads, width)
+    return Room(whole, whole.unbind(0), whole.view(displacements, count * batch, heads * width))
 
-    Memory is taken when room is first asked for, and every view is made once.
+
+class Workspace(dict[tuple[int, int], Room]):
+    """Room for the features of one visit by its :attr:`Visit.shape`, or of all visits of one stretch.
+
+    Memory is taken when it is first asked for, and every view is made once.
+
+    Args:
+        like: of the features' dtype and device.
+        links: most links of a visit, and of a stretch that is asked for.
+        item: what a link has, (B, heads, head_dim).
     """
 
     def __init__(self, like: Tensor, links: int, item: tuple[int, ...]) -> None:
-        self._memory, self._links, self._item = like.new_empty(0), links, item
+        self._like, self._links, self._item = like, links, item
+        self._by_stretch: dict[Stretch, list[Room]] = {}
+
+    @cached_property
+    def _memory(self) -> Tensor:
+        return self._like.new_empty((self._links, *self._item))
 
     def __missing__(self, shape: tuple[int, int]) -> Room:
-        if not len(self):
-            self._memory = self._memory.new_empty(self._links * math.prod(self._item))
-        whole = self._memory[: math.prod(shape) * math.prod(self._item)].view(*shape, *self._item)
-        self[shape] = Room(whole, whole.unbind(0), whole.flatten(3).flatten(1, 2))
-        return self[shape]
+        found = self[shape] = _room(self._memory[: math.prod(shape)], shape[0])
+        return found
+
+    def whole(self, stretch: Stretch) -> Tensor:
+        """The room of a stretch, [links, B, heads, head_dim]."""
+        return self._memory[: stretch.count]
+
+    def rooms(self, stretch: Stretch) -> list[Room]:
+        """The room of a stretch, visit by visit."""
+        found = self._by_stretch.get(stretch)
+        if found is None:
+            parts = zip(stretch.split(self.whole(stretch)), stretch.visits, strict=True)
+            found = self._by_stretch[stretch] = [_room(own, visit.shape[0]) for own, visit in parts]
+        return found
 
 
 def multiplied(features: Features, other: Tensor, room: Room) -> Tensor:
@@ -101,18 +131,16 @@ def multiplied(features: Features, other: Tensor, room: Room) -> Tensor:
     return room.whole
 
 
-def crossed(by_last: Features, by_first: Sequence[Tensor], room: Room) -> Tensor:
-    """The product of what a key role gives, last displacement first, with another's; in the other's order."""
-    for own, other, product in zip(reversed(by_last.parts), by_first, room.parts, strict=True):
+def crossed(by_last: Features, by_first: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """What a key role gives, last displacement first, times another's; ``out`` is in the other's order."""
+    for own, other, product in zip(reversed(by_last.parts), by_first, out, strict=True):
         torch.mul(own, other, out=product)
-    return room.whole
 
 
-def reversed_product(first: Features, second: Sequence[Tensor], room: Room) -> Tensor:
-    """Their product in the order of a key role, last displacement first."""
-    for own, other, product in zip(first.parts, second, reversed(room.parts), strict=True):
+def reversed_product(first: Features, second: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Their product, ``out`` in the order of a key role, last displacement first."""
+    for own, other, product in zip(first.parts, second, reversed(out), strict=True):
         torch.mul(own, other, out=product)
-    return room.whole
 
 
 class RoleSteps:
@@ -146,6 +174,9 @@ class RoleSteps:
         self._d_matrices = d_matrices
         _, self.batch, _ = readers[0].shape
         self._dtype = encoded.tensors[0].dtype
+        is_key = encoded.name == "key"
+        self._place: Callable[[Visit], Place] = attrgetter("query" if encoded.side == "query" else encoded.name)
+        self._rows: Callable[[Visit], slice] = attrgetter("key_rows" if is_key else "value_rows")
         self._is_base = with_base and not encoded.tables and not encoded.turns and mask is None
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
@@ -159,21 +190,13 @@ class RoleSteps:
         if mask is not None:
             self._dead = ~(mask.rows.unsqueeze(-1) if encoded.heads == 1 else mask.live).unsqueeze(-1)
 
-    def workspace(self) -> Workspace:
-        """Room for what :meth:`encode` gives, for every visit."""
-        return self._workspace(self._links.shapes)
+    def workspace(self, longest: int = 0) -> Workspace:
+        """Room for what :meth:`encode` gives for a visit, or for all visits of a stretch of the ``longest``."""
+        return self._workspace(self._links.shapes, longest)
 
-    def _workspace(self, shapes: Collection[tuple[int, int]]) -> Workspace:
-        role, links = self.encoded, max((math.prod(shape) for shape in shapes), default=0)
-        return Workspace(role.tensors[0], links, (self.batch, role.heads, role.head_dim))
-
-    def _place(self, visit: Visit) -> Place:
-        if self.encoded.side == "query":
-            return visit.query
-        return visit.key if self.encoded.name == "key" else visit.value
-
-    def _rows(self, visit: Visit) -> slice:
-        return visit.key_rows if self.encoded.name == "key" else visit.value_rows
+    def _workspace(self, shapes: Collection[tuple[int, int]], links: int = 0) -> Workspace:
+        role, most = self.encoded, max((math.prod(shape) for shape in shapes), default=0)
+        return Workspace(role.tensors[0], max(most, links), (self.batch, role.heads, role.head_dim))
 
     def in_order(self, by_link: Tensor, visit: Visit) -> Tensor:
         """What every link has [L, ..] for the links of a visit, [displacements, P, ..], in the order of the role."""
@@ -182,12 +205,14 @@ class RoleSteps:
 
     def _matrix(self, number: int, visit: Visit) -> Tensor:
         """A table's matrices for a visit, in the accumulation dtype."""
-        return self.encoded.tables[number].matrices[self._rows(visit)].to(self._dtype)
+        own = self.encoded.tables[number].matrices[self._rows(visit)]
+        return own if own.dtype == self._dtype else own.to(self._dtype)
 
-    def encode(self, visit: Visit) -> Features:
+    def encode(self, visit: Visit, room: Room | None = None) -> Features:
         """The role's result for a visit's links, [displacements, P, B, heads, head_dim]; 0 where masked (clause M4).
 
-        Not to be written; it holds until the next call. The role ``key`` has the last displacement first.
+        Not to be written; it holds until the next call, or with ``room`` until that is used again or other bands are
+        opened. The role ``key`` has the last displacement first.
         """
         role, place = self.encoded, self._place(visit)
         if self._is_product and visit.shape in self._many[0]:
@@ -195,7 +220,7 @@ class RoleSteps:
         if self._base is not None and self._is_base:
             whole = self._base.rows(place).view(*visit.shape, self.batch, role.heads, role.head_dim)
             return Features.of(whole)
-        room = self._rooms[visit.shape]
+        room = self._rooms[visit.shape] if room is None else room
         if self._is_product:
             _multiply(self._z[0].rows(place), self._matrix(0, visit), room.flat)
         else:
@@ -234,13 +259,12 @@ class RoleSteps:
             own.add_(features.view(own.shape))
 
     def add_weighted(self, visit: Visit, weights: Tensor, total: Tensor) -> None:
-        """Add the result times ``weights`` [displacements, P, B, H] to ``total`` [displacements, P * B, features]."""
-        features, factors = self.seen(visit, weights.shape[3]), weights.unsqueeze(-1)
-        by_head = total.view(*weights.shape, self.encoded.head_dim)
+        """Add the result times ``weights`` [displacements, P, B, H, 1] to ``total`` [.., H, head_dim]."""
+        features = self.seen(visit, weights.shape[3])
         if features.whole is not None:
-            by_head.addcmul_(features.whole, factors)
+            total.addcmul_(features.whole, weights)
             return
-        for own, factor, sums in zip(features.parts, factors.unbind(0), by_head.unbind(0), strict=True):
+        for own, factor, sums in zip(features.parts, weights.unbind(0), total.unbind(0), strict=True):
             sums.addcmul_(own, factor)
 
     def seen(self, visit: Visit, heads: int) -> Features:

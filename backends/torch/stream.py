@@ -37,8 +37,9 @@ class _InnerProducts(Operation):
         out = tensors[0].new_empty((call.links.count, query.batch, query.encoded.heads))
         products = query.workspace()
         for visit in call.links.visits:
-            own = crossed(key.encode(visit), query.encode(visit).parts, products[visit.shape])
-            torch.sum(own, -1, out=out[visit.start : visit.stop].view(own.shape[:-1]))
+            room = products[visit.shape]
+            crossed(key.encode(visit), query.encode(visit).parts, room.parts)
+            torch.sum(room.whole, -1, out=out[visit.start : visit.stop].view(room.whole.shape[:-1]))
         return out
 
     @staticmethod
@@ -59,9 +60,11 @@ class _InnerProducts(Operation):
             q, k, room = query.encode(visit), key.encode(visit), products[visit.shape]
             g = torch.unflatten(cotangent[visit.start : visit.stop], 0, visit.shape).unsqueeze(-1).unbind(0)
             if query.wanted:
-                query.push(visit, crossed(k, g, room))
+                crossed(k, g, room.parts)
+                query.push(visit, room.whole)
             if key.wanted:
-                key.push(visit, reversed_product(q, g, room))
+                reversed_product(q, g, room.parts)
+                key.push(visit, room.whole)
         gathered.close()
         return (None, *gathered.results())
 
@@ -79,13 +82,14 @@ class _Aggregation(Operation):
         role = value.encoded
         heads = role.heads if weights is None else weights.shape[2]
         total = tensors[0].new_zeros((call.links.geometry.num_queries, value.batch, heads * role.head_dim))
-        adder = Adder(total)
+        adder = Adder(total, None if weights is None else (heads, role.head_dim))
         for visit in call.links.visits:
             sums = adder.rows(visit.query)
             if weights is None:
                 value.add_encoded(visit, sums)
             else:
-                value.add_weighted(visit, torch.unflatten(weights[visit.start : visit.stop], 0, visit.shape), sums)
+                own = torch.unflatten(weights[visit.start : visit.stop], 0, visit.shape).unsqueeze(-1)
+                value.add_weighted(visit, own, sums)
         adder.close()
         return torch.unflatten(total, -1, (heads, role.head_dim))
 
@@ -103,10 +107,10 @@ class _Aggregation(Operation):
             return (None, *gradients_with_graph(compute, ctx.saved_tensors, needs, cotangent))
         gathered = Gathered(call, tensors, needs[1:])
         (value,) = call.steps(tensors, gathered)
-        rows = Reader(cotangent.flatten(2))
+        rows = Reader(cotangent.flatten(2), (cotangent.shape[2], cotangent.shape[3]))
         d_weights = cotangent.new_empty(weights.shape) if needs[0] else None
         for visit in call.links.visits:
-            g = rows.rows(visit.query).view(*visit.shape, *cotangent.shape[1:])
+            g = rows.rows(visit.query)
             if d_weights is not None:
                 own = value.encode(visit).stacked() * g
                 torch.sum(own, -1, out=d_weights[visit.start : visit.stop].view(own.shape[:-1]))

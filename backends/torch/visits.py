@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class Place:
         return replace(self, bands=(own,), count=count)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Visit:
     """A step, a piece of one, or two steps that are each other's mirror: their ranges of links, tokens and tables.
 
@@ -110,7 +111,8 @@ class Visit:
     for keys ``key_rows``. All go through the steps in their order, but the role ``key``, which comes last step first:
     rows of a table are taken in ascending order, and c(j, i) descends where c(i, j) ascends.
 
-    ``opens_value`` and ``opens_key``: whether it is the first visit to its rows of the tables.
+    ``opens_value`` and ``opens_key``: whether it is the first visit to its rows of the tables. ``is_apart``: whether
+    ``value`` has the last displacement first, so that its products are one by one.
     """
 
     steps: tuple[Step, ...]
@@ -122,13 +124,14 @@ class Visit:
     key_rows: slice
     opens_value: bool = True
     opens_key: bool = True
+    is_apart: bool = False
 
     @property
     def stop(self) -> int:
         """One past its last link."""
         return self.start + len(self.steps) * self.query.count
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Number of displacements, and links of each."""
         return len(self.steps), self.query.count
@@ -217,6 +220,12 @@ def _mirrored(query: Place, key: Place) -> tuple[Place, Place]:
     return after_another(query, key), after_another(key, query)
 
 
+def _side_by_side(query: Place, key: Place) -> Place:
+    """Rows of a step's queries and then its keys, of a band each."""
+    (one,), (other,) = query.bands, key.bands
+    return Place((one, other), query.first, query.count, one.length + key.first - query.first)
+
+
 def _order(bands: Sequence[Band]) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
     return [(band.number, band.base, band.sizes, band.strides) for band in bands]
 
@@ -225,7 +234,7 @@ def _rank(visit: Visit) -> tuple[int, int, list[tuple[int, int, tuple[int, ...],
     return -visit.query.length, -visit.value.length, _order(visit.query.bands) + _order(visit.value.bands)
 
 
-def _unordered(found: Geometry, device: torch.device) -> Iterator[Visit]:
+def _unordered(found: Geometry, device: torch.device, apart: bool) -> Iterator[Visit]:
     queries, keys = found.num_queries, found.num_keys + found.has_zero_token
     pieces = [piece for step in found.steps for piece in _pieces(step, max(queries, keys))]
     query_places = [_place(piece.query_index, queries, 2 * n, device) for n, piece in enumerate(pieces)]
@@ -243,24 +252,29 @@ def _unordered(found: Geometry, device: torch.device) -> Iterator[Visit]:
             key = replace(key, lane=1)
             yield Visit((step,), 0, query, key, key, slice(low, low + 1), slice(high, high + 1))
         elif low < high:
-            rows, value_rows = _mirrored(query, key)
+            rows, value_rows = (_side_by_side(query, key),) * 2 if apart else _mirrored(query, key)
             classes = slice(low, high + 1, high - low)
-            yield Visit((step, pieces[mirror]), 0, rows, rows, value_rows, classes, classes)
+            yield Visit((step, pieces[mirror]), 0, rows, rows, value_rows, classes, classes, is_apart=apart)
 
 
-def visits(found: Geometry, device: torch.device) -> tuple[Visit, ...]:
-    """All links, those that share bands side by side; the longest come first, so that their room need not grow."""
+def visits(found: Geometry, device: torch.device, *, apart: bool = False) -> tuple[Visit, ...]:
+    """All links, those that share bands side by side; the longest come first, so that their room need not grow.
+
+    ``apart`` takes two bands for displacements that are visited together, instead of three.
+    """
     same: dict[tuple[Band, ...], tuple[Band, ...]] = {}
     values: set[int] = set()
     keys: set[int] = set()
     most = max(math.ceil(3 * max(found.num_queries, found.num_keys) / 4), ENOUGH_LINKS)
     result, start = [], 0
-    ordered = sorted(_unordered(found, device), key=_rank)
+    ordered = sorted(_unordered(found, device, apart), key=_rank)
     for visit in (piece for whole in ordered for piece in _visit_pieces(whole, most)):
         query, key, value = (
             replace(place, bands=same.setdefault(place.bands, place.bands))
             for place in (visit.query, visit.key, visit.value)
         )
+        if key == query:  # one object, whose rows are looked up once
+            key = query
         new_value, new_key = visit.value_rows.start not in values, visit.key_rows.start not in keys
         result.append(
             replace(

@@ -1,0 +1,116 @@
+"""The visits of a softmax over links, whatever the roles are: products before it, and what is added up after it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from translution.backends.torch.bands import Adder, Reader
+from translution.backends.torch.call import Call, Gathered
+from translution.backends.torch.steps import Features, RoleSteps, crossed, multiplied, reversed_product
+from translution.backends.torch.stretches import Stretch
+
+
+def _longest(stretches: Sequence[Stretch]) -> int:
+    return max((stretch.count for stretch in stretches), default=0)
+
+
+class GeneralForward:
+    """The forward of some of the batch items."""
+
+    def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: Sequence[Stretch]) -> None:
+        self._query, self._key, *self._values = call.steps(tensors, None, part)
+        self._products = self._query.workspace(_longest(stretches))
+
+    def products(self, stretch: Stretch) -> Tensor:
+        """q_ij k_ij of all links, [links, B, H, D]."""
+        whole = self._products.whole(stretch)
+        for visit, own in zip(stretch.visits, stretch.displacement_parts(whole), strict=True):
+            crossed(self._key.encode(visit), self._query.encode(visit).parts, own)
+        return whole
+
+    def add(self, stretch: Stretch, weights: Tensor, totals: Adder, outs: Sequence[Adder]) -> None:
+        """Add p_ij [links, B, H] to ``totals``, and p_ij v_ij of every value role to its ``outs``."""
+        for visit, own in zip(stretch.visits, stretch.visit_parts(weights.unsqueeze(-1)), strict=True):
+            totals.rows(visit.query).add_(own)
+            for value, out in zip(self._values, outs, strict=True):
+                value.add_weighted(visit, own, out.rows(visit.query))
+
+
+class GeneralBackward:
+    """The backward of some of the batch items, for every stretch: ``products``, then ``values``, then ``push``.
+
+    ``cotangents`` are do_i of every value role, [Nq, B, H * D].
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor],
+        gathered: Gathered,
+        part: slice,
+        stretches: Sequence[Stretch],
+        cotangents: Sequence[Tensor],
+    ) -> None:
+        self._query, self._key, *self._values = call.steps(tensors, gathered, part)
+        heads, longest = self._query.encoded.heads, _longest(stretches)
+        self._cotangents = [
+            Reader(own, (heads, value.encoded.head_dim)) for own, value in zip(cotangents, self._values, strict=True)
+        ]
+        self._q_rooms, self._k_rooms, self._products = (
+            role.workspace(longest) for role in (self._query, self._key, self._query)
+        )
+        item = heads, self._query.encoded.head_dim
+        self._work = [
+            self._products if (v.encoded.heads, v.encoded.head_dim) == item else v.workspace(longest)
+            for v in self._values
+        ]
+        self._kept: list[tuple[Features, Features]] = []
+
+    def products(self, stretch: Stretch) -> Tensor:
+        """q_ij k_ij of all links, [links, B, H, D]."""
+        whole, self._kept = self._products.whole(stretch), []
+        rooms = zip(self._q_rooms.rooms(stretch), self._k_rooms.rooms(stretch), strict=True)
+        for visit, (q_room, k_room), own in zip(stretch.visits, rooms, stretch.displacement_parts(whole), strict=True):
+            q, k = self._query.encode(visit, q_room), self._key.encode(visit, k_room)
+            crossed(k, q.parts, own)
+            self._kept.append((q, k))
+        return whole
+
+    def values(self, stretch: Stretch, weights: Tensor, d_weights: Tensor) -> None:
+        """Add <do_i, v_ij> to ``d_weights`` [links, B, H], and gather the gradients a_ij do_i of the values."""
+        for value, reader, work in zip(self._values, self._cotangents, self._work, strict=True):
+            cotangents = [reader.rows(visit.query) for visit in stretch.visits]
+            if value.encoded.heads < weights.shape[2]:
+                self._shared_value(value, stretch, cotangents, weights, d_weights)
+                continue
+            rooms = work.rooms(stretch)
+            for visit, g, room in zip(stretch.visits, cotangents, rooms, strict=True):
+                multiplied(value.encode(visit), g, room)
+            d_weights.add_(work.whole(stretch).sum(-1))
+            if value.wanted:
+                factors = stretch.visit_parts(weights.unsqueeze(-1))
+                for visit, g, factor, room in zip(stretch.visits, cotangents, factors, rooms, strict=True):
+                    value.push(visit, torch.mul(g, factor, out=room.whole))
+
+    @staticmethod
+    def _shared_value(
+        value: RoleSteps, stretch: Stretch, cotangents: Sequence[Tensor], weights: Tensor, d_weights: Tensor
+    ) -> None:
+        """The same, where one head of values serves all."""
+        found, factors = stretch.visit_parts(d_weights), stretch.visit_parts(weights.unsqueeze(-1))
+        for visit, g, factor, own in zip(stretch.visits, cotangents, factors, found, strict=True):
+            own.add_((value.seen(visit, weights.shape[2]).stacked() * g).sum(-1))
+            if value.wanted:
+                value.push(visit, (g * factor).sum(3, keepdim=True))
+
+    def push(self, stretch: Stretch, d_logits: Tensor) -> None:
+        """Gather the gradients dl_ij k_ij of the queries and dl_ij q_ij of the keys, for ``d_logits`` [links, B, H]."""
+        steps = zip(stretch.visits, self._kept, self._products.rooms(stretch), strict=True)
+        for (visit, (q, k), room), d in zip(steps, stretch.displacement_parts(d_logits.unsqueeze(-1)), strict=True):
+            if self._query.wanted:
+                crossed(k, d, room.parts)
+                self._query.push(visit, room.whole)
+            if self._key.wanted:
+                reversed_product(q, d, room.parts)
+                self._key.push(visit, room.whole)
