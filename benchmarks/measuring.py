@@ -19,7 +19,7 @@ from translution.algorithms import Request, cost
 from translution.peak_memory import peak_of
 from translution.plan_file import fingerprint
 from translution.progress import Update, silently
-from translution.trials import LEAST_SECONDS, measure
+from translution.trials import LEAST_SECONDS, REST, measure
 
 Call = Callable[[], object]
 
@@ -82,7 +82,8 @@ def measure_group(group: Group, rounds: int, update: Update = silently) -> dict[
     calls = {
         json.dumps([number, *names]): call for number, (_, own) in enumerate(prepared) for names, call in own.items()
     }
-    timings = measure(calls, rounds, rounds, update)
+    with_numpy = any(name.startswith("numpy ") for case in group.cases for name in case.candidates)
+    timings = measure(calls, rounds, rounds, update, rest=REST if with_numpy else 0.0)
     for key, timing in timings.items():
         number, which, name = json.loads(key)
         row = prepared[number][0]

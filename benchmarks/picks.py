@@ -19,7 +19,7 @@ from translution.algorithms import Request
 from translution.conformance.operator_check import OperatorCheck
 from translution.selection import Selection, select
 from translution.spec import Operator, presets
-from translution.trials import measure
+from translution.trials import REST, measure
 from translution.workload import Workload
 
 WITHIN, ENOUGH = 1.10, 8
@@ -42,7 +42,7 @@ def measured_again(found: Selection) -> dict[str, float]:
     workload = Workload(found.request, seed=1)
     right = [entry for entry in found.entries if not entry.out]
     calls = {entry.name: workload.call(entry.backend, entry.algorithm) for entry in right}
-    return {name: timing.median for name, timing in measure(calls).items()}
+    return {name: timing.median for name, timing in measure(calls, rest=REST).items()}
 
 
 def main() -> int:

@@ -169,6 +169,18 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     assert set(seen) == {1, 2}
 
 
+def test_large_batches_take_two_bands_for_mirrored_displacements():
+    """Three where one part is enough: then the values of both are one product."""
+    own = links(presets.translution((7, 7), 192, 3).layout, torch.device("cpu"))
+
+    def bands(found):
+        return {len(visit.query.bands) for visit in found.visits if len(visit.steps) > 1}
+
+    assert (bands(own), bands(own.apart)) == ({2, 3}, {2})
+    assert own.apart is own.apart
+    assert sorted(own.pair_of_link.tolist()) == sorted(own.apart.pair_of_link.tolist())
+
+
 def test_one_tensor_under_two_names_gets_the_gradient_of_both():
     operator = presets.translution((3, 3), 4, 1)
     params, x = parameters(operator), tokens(operator)

@@ -91,6 +91,16 @@ def test_results_and_gradients_are_those_of_pairs(name, calls):
     assert_close(found, results(operator, torch.float64, "pairwise"))
 
 
+@pytest.mark.parametrize("name", ["grid", "zeros", "bias", "full"])
+def test_in_several_parts_too(name, calls, monkeypatch):
+    """Where every role is one full table, mirrored displacements then have two bands, and values of their own."""
+    operator = OPERATORS[name]
+    monkeypatch.setattr("translution.backends.torch.attention.WORKSPACE_BYTES", 1)
+    found = results(operator, torch.float32, "stream")
+    assert calls
+    assert_close(found, results(operator, torch.float64, "pairwise"))
+
+
 @pytest.mark.parametrize("name", ["grid", "one head of values", "sum", "mean"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_under_a_mask_too(name, heads, calls):

@@ -64,6 +64,16 @@ def test_short_calls_are_repeated_within_a_round(clock):
     assert found["a"].seconds == pytest.approx((0.001,) * 3)
 
 
+def test_threads_of_another_library_come_to_rest_before_a_turn(clock, monkeypatch):
+    """Of the three calls of a turn of 0.01 s the first, after the rest, is not counted; long ones need no rest."""
+    calls, made = clock
+    monkeypatch.setattr(trials.time, "sleep", lambda seconds: made.append(f"[{seconds}]"))
+    a = [0.01, 0.01, 9.0, 0.01, 9.0, 0.01]
+    found = measure(calls(a=a, b=[2.0] * 9), rounds=2, rest=0.5)
+    assert "".join(made) == "aabb" + "[0.5]aab" + "b[0.5]aa"
+    assert found["a"].seconds == pytest.approx((0.01, 0.01))
+
+
 def test_the_drift_of_a_machine_is_no_difference(clock):
     """b takes 2% more in every round, whatever the round: that is seen through a drift of 100%."""
     calls, _ = clock

@@ -15,7 +15,7 @@ from translution.peak_memory import CannotMeasure, peak_memory
 from translution.plan_file import request_data
 from translution.progress import Update, silently
 from translution.registry import BACKENDS, Backend, get_backend
-from translution.trials import Timing, contenders, measure
+from translution.trials import REST, Timing, contenders, measure
 from translution.workload import Workload
 
 OBJECTIVES = ("latency", "throughput", "memory")
@@ -166,7 +166,8 @@ def timed(entries: Sequence[Entry], request: Request, update: Update = silently)
     first = {n: measure({"": call}, 1, 1)[""].median / entries[n].batch for n, call in calls.items()}
     fastest = min(first.values(), default=0.0)
     kept = {str(n): call for n, call in calls.items() if first[n] <= HOPELESS * fastest}
-    timings = measure(kept, update=update) if kept else {}
+    kinds = {get_backend(entries[int(n)].backend).kind for n in kept}
+    timings = measure(kept, update=update, rest=REST if len(kinds) > 1 else 0.0) if kept else {}
     return [
         replace(entry, timing=timings[str(n)])
         if str(n) in timings

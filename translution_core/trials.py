@@ -6,6 +6,7 @@ the median between them with probability 1 - 2 P(Binomial(n, 1/2) < k).
 """
 
 import math
+import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ MORE_ROUNDS = 27
 CLOSE = 1.10
 # Wall times below a few milliseconds snap to steps of the scheduler.
 LEAST_SECONDS = 0.02
+# NumPy's threads look for work this long after a product, on the cores where those of torch are to run.
+REST = 0.1
+# A longer call does not notice them.
+LONG_SECONDS = 1.0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -57,11 +62,10 @@ class Timing:
         return median(ratios), *interval(ratios)
 
 
-def _calls_for(call: Callable[[], object]) -> int:
-    """How many calls take ``LEAST_SECONDS``; the first one is not counted."""
+def _once(call: Callable[[], object]) -> float:
+    """Seconds of a call; the first one is not counted."""
     call()
-    once = max(timeit.Timer(call).timeit(1), 1e-9)
-    return max(1, math.ceil(LEAST_SECONDS / once))
+    return max(timeit.Timer(call).timeit(1), 1e-9)
 
 
 def measure(
@@ -69,16 +73,26 @@ def measure(
     rounds: int = ROUNDS,
     most: int = MORE_ROUNDS,
     update: Update = silently,
+    *,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every call in interleaved rounds, forwards and backwards in turn.
 
     After ``rounds`` it goes on, up to ``most``, for as long as the two fastest can't be told apart.
+
+    Args:
+        rest: seconds before each turn in which the threads of the one before come to rest, and a call that is not
+            counted wakes its own. ``REST`` where calls have threads of different libraries.
     """
-    counts = {name: _calls_for(call) for name, call in calls.items()}
+    once = {name: _once(call) for name, call in calls.items()}
+    counts = {name: math.ceil(LEAST_SECONDS / seconds) for name, seconds in once.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     done = 0
     while done < rounds or (done < most and not _told_apart(samples)):
         for name in sorted(calls, key=list(calls).index, reverse=done % 2 == 1):
+            if rest and once[name] < LONG_SECONDS:
+                time.sleep(rest)
+                calls[name]()
             samples[name].append(timeit.Timer(calls[name]).timeit(counts[name]) / counts[name])
         done += 1
         update("timing", min(done, rounds), rounds)
