@@ -69,7 +69,7 @@ class _Attention:
         shared = of_stretches * STRETCH_BYTES[backward]
         large = (tokens + (of_visits + of_stretches) * links.widest) * self._row
         small = (tokens + of_visits * links.widest) * self._row
-        return divided(batch, 1, min(WORKSPACE_BYTES // large, (WORKSPACE_BYTES - shared) // small))
+        return divided(batch, 1, min(WORKSPACE_BYTES // max(large, 1), (WORKSPACE_BYTES - shared) // max(small, 1)))
 
     def in_large_parts(self, tensors: Sequence[Tensor]) -> "_Attention":
         """For the backward: where it takes several parts, with visits that leave room for larger ones.
