@@ -193,9 +193,11 @@ def test_plots_are_the_same_for_the_same_measurements(invented, tmp_path):
     assert drawn[0].count("forward: 2.00") == 6
 
 
-def test_the_committed_page_and_plots_follow_from_the_committed_measurements(tmp_path):
+@pytest.mark.parametrize("machine", ["", "machines/zen-5"])
+def test_the_committed_page_and_plots_follow_from_the_committed_measurements(machine, tmp_path):
     from page import DOCS, write_page
 
-    assert write_page(DOCS / "performance.json", tmp_path) == (DOCS / "performance.md").read_text()
+    folder = DOCS / machine
+    assert write_page(folder / "performance.json", tmp_path) == (folder / "performance.md").read_text()
     for drawn in (tmp_path / "performance").glob("*.svg"):
-        assert drawn.read_bytes() == (DOCS / "performance" / drawn.name).read_bytes()
+        assert drawn.read_bytes() == (folder / "performance" / drawn.name).read_bytes()
