@@ -31,6 +31,7 @@ def settings(rounds: int, threads: int) -> dict[str, Any]:
         "threads": threads,
         "rounds": rounds,
         "least_seconds": LEAST_SECONDS,
+        "rest": REST,
         "dtype": "float32",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "load": [os.getloadavg()[0]],
@@ -82,8 +83,7 @@ def measure_group(group: Group, rounds: int, update: Update = silently) -> dict[
     calls = {
         json.dumps([number, *names]): call for number, (_, own) in enumerate(prepared) for names, call in own.items()
     }
-    with_numpy = any(name.startswith("numpy ") for case in group.cases for name in case.candidates)
-    timings = measure(calls, rounds, rounds, update, rest=REST if with_numpy else 0.0)
+    timings = measure(calls, rounds, rounds, update, rest=REST)
     for key, timing in timings.items():
         number, which, name = json.loads(key)
         row = prepared[number][0]

@@ -44,6 +44,10 @@ exact result is too large it is taken at some of the queries, and the gradients 
 
 `make bench` measures everything and writes this page; `python benchmarks/report.py --only growth` measures one family
 again, `--page` writes the page from [performance.json](performance.json), which holds every round.
+
+Where the last table says so, each turn of less than a second begins with a rest, in which the threads of the one before
+stop looking for work, and a call that is not counted: what is timed is a call after its like, not one after a computation
+that has filled the caches.
 """
 LOAD = """\
 The load average counts these measurements too; what exceeds the threads is other work on the machine, which changes the
@@ -135,11 +139,12 @@ def _settings(data: Data) -> list[str]:
         rows.append(
             [
                 name, own["date"], f"{own['machine']['processor']}, {own['machine']['cores']} cores",
-                str(own["threads"]), versions, str(own["rounds"]), f"{before:.1f} and {after:.1f}",
+                str(own["threads"]), versions, str(own["rounds"]), "yes" if own.get("rest") else "no",
+                f"{before:.1f} and {after:.1f}",
                 f"{own['took_seconds'] / 60:.1f}",
             ]
         )  # fmt: skip
-    head = ["family", "date", "machine", "threads", "versions", "rounds", "load before and after", "minutes"]
+    head = ["family", "date", "machine", "threads", "versions", "rounds", "rest", "load before and after", "minutes"]
     return [
         "## Where and when",
         "",
