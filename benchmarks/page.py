@@ -46,7 +46,7 @@ exact result is too large it is taken at some of the queries, and the gradients 
 again, `--page` writes the page from [performance.json](performance.json), which holds every round.
 
 Where the last table says so, each turn of less than a second begins with a rest, in which the threads of the one before
-stop looking for work, and a call that is not counted: what is timed is a call after its like, not one after a computation
+stop looking for work, and a call that is not counted: what is timed is a call after its like, not after a computation
 that has filled the caches.
 """
 LOAD = """\
