@@ -22,9 +22,8 @@ from translution.backends.torch.bands import Adder
 from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
-from translution.backends.torch.full import FullBackward, FullForward, is_full
-from translution.backends.torch.general import GeneralBackward, GeneralForward
 from translution.backends.torch.links import Links
+from translution.backends.torch.passes import Backward, Forward
 from translution.backends.torch.products import uses_onednn
 from translution.backends.torch.relevance import LinkMask, items, softmax
 from translution.backends.torch.stretches import Stretch
@@ -76,7 +75,7 @@ class _Attention:
 
         Every part reads all tables and adds to all their gradients.
         """
-        if torch.compiler.is_compiling() or not is_full(self.call, tensors):
+        if torch.compiler.is_compiling() or not self.call.is_full(tensors):
             return self
         if len(self.parts(tensors[0].shape[1], backward=True)) == 1:
             return self
@@ -89,7 +88,7 @@ class _Attention:
     def logits(self, products: Tensor, stretch: Stretch, bias: Tensor | None, part: slice) -> Tensor:
         """l [links, B, H] from q_ij k_ij [.., D]; -inf where masked."""
         found = products.sum(-1).mul_(self.scale)
-        own = slice(stretch.start, stretch.stop)
+        own = stretch.links
         if bias is not None:
             found.add_(bias.index_select(0, self.call.links.value_class[own]).unsqueeze(1))
         if self.added is not None:
@@ -117,8 +116,7 @@ class _Part:
     def __init__(self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice) -> None:
         self._attention, self._bias, self._part, self._links = attention, bias, part, attention.call.links
         call, self._stretches = attention.call, attention.stretches(tensors[0][:, part].shape[1])
-        visited = FullForward if is_full(call, tensors) else GeneralForward
-        self._visited: FullForward | GeneralForward = visited(call, tensors, part, self._stretches)
+        self._visited = Forward(call, tensors, part, self._stretches)
 
     def _logits(self, stretch: Stretch) -> Tensor:
         return self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part)
@@ -130,7 +128,7 @@ class _Part:
         for number, stretch in enumerate(self._stretches):
             weights = self._logits(stretch)
             if highest is not None:
-                weights.sub_(highest.index_select(0, self._links.query_index[stretch.start : stretch.stop]))
+                weights.sub_(highest.index_select(0, self._links.query_index[stretch.links]))
             elif number == 0 and _beyond(weights, -torch.inf, FAR_LOGIT):
                 return False
             self._visited.add(stretch, weights.exp_(), totals, adders)
@@ -156,7 +154,7 @@ class _Part:
         found = torch.full_like(out, -torch.inf)
         for stretch in self._stretches:
             logits = self._logits(stretch)
-            own = index[stretch.start : stretch.stop, None, None].expand(logits.shape)
+            own = index[stretch.links, None, None].expand(logits.shape)
             found.scatter_reduce_(0, own, logits, "amax")
         out.copy_(found.masked_fill_(found == -torch.inf, 0.0))
 
@@ -245,19 +243,18 @@ class _Pull:
         """Stretch by stretch."""
         call = self._attention.call
         stretches = self._attention.stretches(self._delta.shape[1], backward=True)
-        visited = FullBackward if is_full(call, tensors) else GeneralBackward
-        back: FullBackward | GeneralBackward = visited(call, tensors, gathered, part, stretches, self._cotangents)
+        back = Backward(call, tensors, gathered, part, stretches, self._cotangents)
         for stretch in stretches:
             weights, d_logits = self._weights(back.products(stretch), stretch, part)
             back.values(stretch, weights, d_logits)
             d_logits.mul_(weights)
             if d_bias is not None:
-                d_bias.index_add_(0, self._links.value_class[stretch.start : stretch.stop], d_logits.sum(1))
+                d_bias.index_add_(0, self._links.value_class[stretch.links], d_logits.sum(1))
             back.push(stretch, d_logits.mul_(self._attention.scale))
 
     def _weights(self, products: Tensor, stretch: Stretch, part: slice) -> tuple[Tensor, Tensor]:
         """a_ij and -<do_i, o_i> [links, B, H], from q_ij k_ij [links, B, H, D]."""
-        query = self._links.query_index[stretch.start : stretch.stop]
+        query = self._links.query_index[stretch.links]
         weights = self._attention.logits(products, stretch, self._bias, part)
         if self._highest is not None:
             weights.sub_(self._highest.index_select(0, query))

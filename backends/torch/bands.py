@@ -143,10 +143,15 @@ class Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._room = like.new_empty(0)
+        self._views: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, *shape: int) -> Tensor:
         """Room of this shape, until the next call."""
-        size = math.prod(shape)
-        if len(self._room) < size:
-            self._room = self._room.new_empty(size)
-        return self._room[:size].view(shape)
+        found = self._views.get(shape)
+        if found is None:
+            size = math.prod(shape)
+            if len(self._room) < size:
+                self._views.clear()
+                self._room = self._room.new_empty(size)
+            found = self._views[shape] = self._room[:size].view(shape)
+        return found

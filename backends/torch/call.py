@@ -75,6 +75,22 @@ class Call:
         """Which tensors are the tables of a role."""
         return list(self.numbers[number][(self.roles[number].base is not None) + 1 :: 2])
 
+    def is_full(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether every role is one full table of the tokens' dtype, with as many heads, and nothing is masked."""
+        if self.mask is not None or len(self.roles) != 3:
+            return False
+        roles, dtype = self.with_tensors(tensors), tensors[self.tokens(0)[0]].dtype
+        return all(
+            role.base is None
+            and not role.turns
+            and role.heads == roles[0].heads
+            and len(role.tables) == 1
+            and role.tables[0].width == role.head_dim
+            and role.tables[0].matrices.dim() == 3
+            and role.tables[0].matrices.dtype == dtype
+            for role in roles
+        )
+
     def steps(
         self, tensors: Sequence[Tensor], gathered: "Gathered | None" = None, part: slice = EVERYTHING
     ) -> list[RoleSteps]:

@@ -180,6 +180,7 @@ class RoleSteps:
         self._is_base = with_base and not encoded.tables and not encoded.turns and mask is None
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
+        self._is_value = encoded.name == "value"
         # For each table, the shapes of visits with so many rows that oneDNN multiplies them.
         self._many = [
             {shape for shape in links.shapes if is_for_onednn(shape[1] * self.batch, table.matrices, self._dtype)}
@@ -197,6 +198,12 @@ class RoleSteps:
     def _workspace(self, shapes: Collection[tuple[int, int]], links: int = 0) -> Workspace:
         role, most = self.encoded, max((math.prod(shape) for shape in shapes), default=0)
         return Workspace(role.tensors[0], max(most, links), (self.batch, role.heads, role.head_dim))
+
+    def rooms(self, stretch: Stretch, workspace: Workspace) -> Sequence[Room | None]:
+        """Room for what :meth:`encode` gives for each visit of a stretch; None where it takes memory of its own."""
+        if self._is_product and all(visit.shape in self._many[0] for visit in stretch.visits):
+            return [None] * len(stretch.visits)
+        return workspace.rooms(stretch)
 
     def in_order(self, by_link: Tensor, visit: Visit) -> Tensor:
         """What every link has [L, ..] for the links of a visit, [displacements, P, ..], in the order of the role."""
@@ -216,13 +223,18 @@ class RoleSteps:
         """
         role, place = self.encoded, self._place(visit)
         if self._is_product and visit.shape in self._many[0]:
-            return self._products(visit)
+            return self._products(visit, place)
         if self._base is not None and self._is_base:
             whole = self._base.rows(place).view(*visit.shape, self.batch, role.heads, role.head_dim)
             return Features.of(whole)
         room = self._rooms[visit.shape] if room is None else room
         if self._is_product:
-            _multiply(self._z[0].rows(place), self._matrix(0, visit), room.flat)
+            rows, matrix = self._z[0].rows(place), self._matrix(0, visit)
+            if self._is_apart(visit):
+                for own, own_matrix, product in zip(self._one_by_one(rows, visit), matrix, room.flat, strict=True):
+                    torch.mm(own, own_matrix, out=product)
+            else:
+                _multiply(rows, matrix, room.flat)
         else:
             if self._base is None:
                 room.flat.zero_()
@@ -238,11 +250,20 @@ class RoleSteps:
             room.whole.masked_fill_(self.in_order(self._dead, visit), 0.0)
         return room
 
-    def _products(self, visit: Visit) -> Features:
+    def _is_apart(self, visit: Visit) -> bool:
+        """Whether the role's rows have the last displacement first, though its matrices have not."""
+        return visit.is_apart and self._is_value
+
+    def _one_by_one(self, rows: Tensor, visit: Visit) -> Sequence[Tensor]:
+        """The rows of each displacement, in the order of the matrices."""
+        parts = rows.unbind(0)
+        return parts[::-1] if self._is_apart(visit) else parts
+
+    def _products(self, visit: Visit, place: Place) -> Features:
         """What :meth:`encode` gives, where it is one product of many rows for each displacement."""
-        role, rows = self.encoded, self._z[0].rows(self._place(visit))
+        role, rows = self.encoded, self._one_by_one(self._z[0].rows(place), visit)
         shape = (visit.shape[1], self.batch, role.heads, role.head_dim)
-        pairs = zip(rows.unbind(0), self._matrix(0, visit).unbind(0), strict=True)
+        pairs = zip(rows, self._matrix(0, visit).unbind(0), strict=True)
         found = [by_onednn(own, matrix).view(shape) for own, matrix in pairs]
         if self._dead is not None:
             for own, dead in zip(found, self.in_order(self._dead, visit), strict=True):
@@ -305,27 +326,34 @@ class RoleSteps:
     def _push_table(self, number: int, visit: Visit, gradient: Tensor, total: Tensor, opens: bool) -> None:
         reader, place = self._z[number], self._place(visit)
         rows = self._live_rows(reader.rows(place), visit)
-        if visit.shape not in self._many[number]:
+        is_many = visit.shape in self._many[number]
+        if not is_many and not self._is_apart(visit):
             _outer(rows, gradient, total, opens, self._scratch)
             return
-        turned = reader.turned(place) if self._mask is None else rows.mT
-        for own, own_gradient, sums in zip(turned.unbind(0), gradient.unbind(0), total.unbind(0), strict=True):
-            product = by_onednn(own, own_gradient)
-            if opens:
-                sums.copy_(product)
+        turned = reader.turned(place) if is_many and self._mask is None else rows.mT
+        parts = zip(self._one_by_one(turned, visit), gradient.unbind(0), total.unbind(0), strict=True)
+        for own, own_gradient, sums in parts:
+            if is_many and opens:
+                sums.copy_(by_onednn(own, own_gradient))
+            elif is_many:
+                sums.add_(by_onednn(own, own_gradient))
+            elif opens:
+                torch.mm(own, own_gradient, out=sums)
             else:
-                sums.add_(product)
+                sums.addmm_(own, own_gradient)
 
     def _push_tokens(self, number: int, visit: Visit, rows: Tensor, total: Tensor) -> None:
-        matrix = self._matrix(number, visit).mT
-        if visit.shape in self._many[number]:
-            for own, own_rows, own_matrix in zip(total.unbind(0), rows.unbind(0), matrix.unbind(0), strict=True):
-                own.add_(by_onednn(own_rows, own_matrix))
-        elif matrix.dim() == 3 and total.is_contiguous():
+        matrix, is_many = self._matrix(number, visit).mT, visit.shape in self._many[number]
+        is_apart = self._is_apart(visit)
+        if not is_many and not is_apart and matrix.dim() == 3 and total.is_contiguous():
             total.baddbmm_(rows, matrix)
-        elif matrix.dim() == 3 and total.shape[1] >= MANY_ROWS:
-            for own, own_rows, own_matrix in zip(total.unbind(0), rows.unbind(0), matrix.unbind(0), strict=True):
-                own.addmm_(own_rows, own_matrix)
+        elif is_many or is_apart or (matrix.dim() == 3 and total.shape[1] >= MANY_ROWS):
+            parts = zip(self._one_by_one(total, visit), rows.unbind(0), matrix.unbind(0), strict=True)
+            for own, own_rows, own_matrix in parts:
+                if is_many:
+                    own.add_(by_onednn(own_rows, own_matrix))
+                else:
+                    own.addmm_(own_rows, own_matrix)
         else:
             total.add_(_multiply(rows, matrix, self._scratch(*total.shape)))
 

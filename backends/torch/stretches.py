@@ -33,6 +33,11 @@ class Stretch:
         return self.visits[-1].stop
 
     @property
+    def links(self) -> slice:
+        """All its links."""
+        return slice(self.start, self.stop)
+
+    @property
     def count(self) -> int:
         """Number of links."""
         return self.stop - self.start

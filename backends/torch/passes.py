@@ -1,4 +1,4 @@
-"""The visits of a softmax over links, whatever the roles are: products before it, and what is added up after it."""
+"""The visits of a softmax over links, in either direction: products before it, and what is added up after it."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def _longest(stretches: Sequence[Stretch]) -> int:
     return max((stretch.count for stretch in stretches), default=0)
 
 
-class GeneralForward:
+class Forward:
     """The forward of some of the batch items."""
 
     def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: Sequence[Stretch]) -> None:
@@ -37,7 +37,7 @@ class GeneralForward:
                 value.add_weighted(visit, own, out.rows(visit.query))
 
 
-class GeneralBackward:
+class Backward:
     """The backward of some of the batch items, for every stretch: ``products``, then ``values``, then ``push``.
 
     ``cotangents`` are do_i of every value role, [Nq, B, H * D].
@@ -70,9 +70,10 @@ class GeneralBackward:
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
         whole, self._kept = self._products.whole(stretch), []
-        rooms = zip(self._q_rooms.rooms(stretch), self._k_rooms.rooms(stretch), strict=True)
+        query, key = self._query, self._key
+        rooms = zip(query.rooms(stretch, self._q_rooms), key.rooms(stretch, self._k_rooms), strict=True)
         for visit, (q_room, k_room), own in zip(stretch.visits, rooms, stretch.displacement_parts(whole), strict=True):
-            q, k = self._query.encode(visit, q_room), self._key.encode(visit, k_room)
+            q, k = query.encode(visit, q_room), key.encode(visit, k_room)
             crossed(k, q.parts, own)
             self._kept.append((q, k))
         return whole
