@@ -56,7 +56,7 @@ figures.
 YARDSTICKS = """\
 *Its own products* are the bare products of the operator, one for each displacement, in the shapes that they have; *one
 large product* has 8192 rows of the same width. Both are `torch.mm`, of which no product is faster than the latter.
-Where oneDNN multiplies faster, as on AMD processors, `stream` lets it multiply many rows, and can exceed 100%."""
+Where oneDNN multiplies faster, as on AMD's Zen 5, `stream` lets it multiply many rows, and can exceed 100%."""
 COUNTED = """\
 What it reaches of the machine. *Forward* counts the one product for each link and role that no algorithm can do
 without, *both* three times as many; where the backward encodes again instead of keeping what is as large as all links,

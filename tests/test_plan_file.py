@@ -103,3 +103,20 @@ def test_an_interrupted_write_leaves_the_old_plan(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_plan(path, {"half": "written"})
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 18\n",
+         "AMD EPYC, family 25, model 17"),
+        ("model name : of another kind\n", "of another kind"),
+        ("processor : 0\nBogoMIPS : 50\n", None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_processors_of_one_name_are_told_apart(described, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_file.platform, "processor", lambda: "what the system says")
+    if described is not None:
+        (tmp_path / "cpuinfo").write_text(described)
+    assert plan_file._processor(tmp_path / "cpuinfo") == (expected or "what the system says")

@@ -8,7 +8,7 @@ import torch
 
 import translution
 from translution.algorithms import Request
-from translution.backends.torch import attention
+from translution.backends.torch import attention, few_rows, passes
 from translution.backends.torch.backend import backend
 from translution.backends.torch.bands import Reader
 from translution.backends.torch.links import links
@@ -38,11 +38,11 @@ def tokens(operator, batch=3, scale=1.0, dtype=torch.float64):
     return scale * torch.randn((batch, operator.layout.num_queries, operator.dim), generator=generator, dtype=dtype)
 
 
-def results(operator, params, x, mask=None, algorithm="stream"):
+def results(operator, params, x, mask=None, algorithm="stream", y=None):
     """The result and all gradients of its square."""
     leaves = [x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in params.values())]
     own = dict(zip(params, leaves[1:], strict=True))
-    out = translution.run(operator, own, leaves[0], mask=mask, backend="torch", algorithm=algorithm)
+    out = translution.run(operator, own, leaves[0], y, mask=mask, backend="torch", algorithm=algorithm)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
@@ -120,6 +120,7 @@ def test_logits_of_any_size_are_those_of_the_definition(scale, sign):
     assert_close(results(operator, params, x)[:1], [translution.run(operator, params, x, backend="reference")])
 
 
+@pytest.mark.usefixtures("way")
 def test_sums_at_the_ends_of_the_range_are_looked_at_again(monkeypatch):
     """The first visit shows nothing, a later one overflows; and sums so small that exp loses them."""
     matrices = PerDisplacement(4)
@@ -158,6 +159,7 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     # Two items: six times 13 tokens and four times the 24 links of mirrored neighbours, of eight float64 each.
     monkeypatch.setattr(attention, "WORKSPACE_BYTES", 2 * (6 * 13 + 4 * 24) * 8 * 8)
     monkeypatch.setattr(attention, "STRETCH_BYTES", (0, 0))
+    monkeypatch.setattr(attention, "FEW_BYTES", 0)
     if origin == "largest":
         monkeypatch.setattr(attention, "FAR_LOGIT", -np.inf)
     seen = []
@@ -167,6 +169,62 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
     )
     assert_close(results(FULL, params, x, mask=mask), whole)
     assert set(seen) == {1, 2}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("stretch", [0, 2_000, attention.FEW_STRETCH_BYTES])
+def test_few_rows_are_multiplied_from_copies(name, stretch, monkeypatch):
+    """In stretches of one visit, of some, and in one; where there is a bias too."""
+    monkeypatch.setattr(attention, "FEW_STRETCH_BYTES", stretch)
+    for unused in ("Forward", "Backward"):
+        monkeypatch.setattr(passes, unused, lambda *_: pytest.fail("read bands"))
+    matrices = PerDisplacement(8)
+    operator = Operator(LAYOUTS[name], 8, 2, matrices, matrices, matrices, Softmax(bias=BiasTable()))
+    params, x = parameters(operator), tokens(operator)
+    y = None if operator.layout.is_self else tokens(operator)[:, :1].repeat(1, operator.layout.num_keys, 1)
+    assert_close(results(operator, params, x, y=y), results(operator, params, x, y=y, algorithm="pairwise"))
+
+
+def test_few_rows_of_another_width():
+    """Tokens, keys and values each as wide as nothing else is."""
+    widths = {"query": PerDisplacement(8), "key": PerDisplacement(8), "value": PerDisplacement(10)}
+    operator = Operator(Lattice((3, 3), registers=1), 12, 2, **widths, key_dim=6)
+    params, x = parameters(operator), tokens(operator)
+    y = tokens(operator)[..., :6].flip(1)
+    assert_close(results(operator, params, x, y=y), results(operator, params, x, y=y, algorithm="pairwise"))
+
+
+def taken(monkeypatch, compute):
+    """Which ways a computation went."""
+    found = set()
+    for module in (few_rows, passes):
+        for name in ("Forward", "Backward"):
+            own = getattr(module, name)
+            monkeypatch.setattr(
+                module, name, lambda *a, own=own, module=module: found.add((module, own.__name__)) or own(*a)
+            )
+    compute()
+    return found
+
+
+def test_the_way_depends_on_rows_masks_and_onednn(monkeypatch):
+    params, x = parameters(FULL, dtype=torch.float32), tokens(FULL, dtype=torch.float32)
+    mask = torch.ones((13, 13), dtype=torch.bool).tril()
+    few, bands = ({(module, name) for name in ("Forward", "Backward")} for module in (few_rows, passes))
+    with monkeypatch.context() as patch:
+        assert taken(patch, lambda: results(FULL, params, x)) == few
+    with monkeypatch.context() as patch:
+        assert taken(patch, lambda: results(FULL, params, x, mask=mask)) == bands
+    # 169 links x 3 items of 8 floats, over 38 displacements and registers.
+    steps = len(links(FULL.layout, CPU).steps)
+    for limit, expected in ((169 * 3 * 32 / steps, few), (169 * 3 * 32 / steps - 1, bands)):
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "FEW_BYTES", limit)
+            assert taken(patch, lambda: results(FULL, params, x)) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "is_for_onednn", lambda rows, *_: rows >= 12 * 3)
+        expected = {(few_rows, "Forward"), (passes, "Backward")}
+        assert taken(patch, lambda: results(FULL, params, x)) == expected
 
 
 def test_large_batches_take_two_bands_for_mirrored_displacements():
@@ -181,6 +239,7 @@ def test_large_batches_take_two_bands_for_mirrored_displacements():
     assert sorted(own.pair_of_link.tolist()) == sorted(own.apart.pair_of_link.tolist())
 
 
+@pytest.mark.usefixtures("way")
 def test_one_tensor_under_two_names_gets_the_gradient_of_both():
     operator = presets.translution((3, 3), 4, 1)
     params, x = parameters(operator), tokens(operator)

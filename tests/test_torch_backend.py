@@ -108,6 +108,7 @@ def _check_against_reference(case: Question, algorithms: tuple[str, ...]) -> Non
 
 
 # 115 seeds: every layout kind with many relevances, encoders and masks (see conformance.strategies).
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("first", range(0, 115, 23))
 def test_equals_the_definition(first: int) -> None:
     for seed in range(first, first + 23):
@@ -272,6 +273,7 @@ def test_vjp_gives_each_side_its_own_gradient(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", GENERAL)
+@pytest.mark.usefixtures("way")
 def test_strided_and_expanded_inputs(algorithm: str) -> None:
     operator = presets.alpha_translution((2, 3), 4, 2, rank=2)
     case = _case(operator, mask=np.random.default_rng(0).random((2, 1, 6, 6)) < 0.7)
@@ -302,6 +304,7 @@ def _call(case: Question, algorithm: str) -> tuple[Callable[[], None], list[Tens
     return call, [t for t in (x, y, mask, *params.values()) if t is not None]
 
 
+@pytest.mark.usefixtures("way")
 def test_inputs_are_never_written_and_results_own_their_memory() -> None:
     pairs = [(_case(CONVOLUTIONS[0]), "conv"), (_case(ATTENTIONS[0]), "sdpa")]
     for case, algorithm in pairs + [(random_case(s), a) for s in range(46) for a in GENERAL]:
@@ -360,6 +363,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "operator",
     [
@@ -375,7 +379,8 @@ def test_stream_creates_no_tensor_of_links_times_features(operator: Operator, mo
 
     But for a stretch of visits, whose size no operator and no batch changes.
     """
-    monkeypatch.setattr("translution.backends.torch.attention.STRETCH_BYTES", (0, 0))
+    for name, nothing in (("STRETCH_BYTES", (0, 0)), ("FEW_STRETCH_BYTES", 0)):
+        monkeypatch.setattr(f"translution.backends.torch.attention.{name}", nothing)
     case, batch = _case(operator, batch=16), 16
     links, tokens = geometry(operator.layout).num_links, operator.layout.num_queries
     features = operator.num_heads * max(operator.head_dim, operator.value_head_dim)

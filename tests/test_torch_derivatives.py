@@ -122,6 +122,7 @@ def _check(operator: Operator, algorithm: str, mask: Array | None = None) -> Non
 
 @pytest.mark.parametrize("algorithm", GENERAL)
 @pytest.mark.parametrize("name", [*ENCODERS, *ROTARY])
+@pytest.mark.usefixtures("way")
 def test_derivatives_of_every_encoder(name: str, algorithm: str) -> None:
     encoder = ENCODERS.get(name) or ROTARY[name]
     _check(_operator(CROSS, encoder, Softmax(), ENCODERS.get(name, Shared(4))), algorithm)
@@ -135,6 +136,7 @@ def test_derivatives_of_every_relevance(name: str, algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", GENERAL)
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.usefixtures("way")
 def test_derivatives_on_every_layout(name: str, algorithm: str) -> None:
     _check(_operator(LAYOUTS[name], PerDisplacement(2), Softmax()), algorithm)
 
@@ -246,6 +248,7 @@ def test_a_first_call_in_a_transform_is_right_and_spoils_no_later_one(transform:
         assert (first - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("way")
 def test_only_wanted_gradients_are_computed() -> None:
     operator = presets.translution((2, 2), 4, 2)
     everything = _tensors(operator)
@@ -421,6 +424,7 @@ def test_M4_a_masked_pair_leaves_its_class_alone(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", [*GENERAL, "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.usefixtures("way")
 def test_M5_large_logits_stay_finite_and_masks_beat_them(algorithm: str, dtype: torch.dtype) -> None:
     """Logits of +-6e4: the weights of a row are those of its largest live logit, exactly."""
     operator = Operator(Lattice((3,)), 1, 1, Identity(), query=Identity(), key=Identity(), relevance=Softmax(1.0))

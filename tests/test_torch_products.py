@@ -84,6 +84,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.usefixtures("way")
 def test_results_and_gradients_are_those_of_pairs(name, calls):
     operator = OPERATORS[name]
     found = results(operator, torch.float32, "stream")
@@ -95,7 +96,8 @@ def test_results_and_gradients_are_those_of_pairs(name, calls):
 def test_in_several_parts_too(name, calls, monkeypatch):
     """Where every role is one full table, mirrored displacements then have two bands, and values of their own."""
     operator = OPERATORS[name]
-    monkeypatch.setattr("translution.backends.torch.attention.WORKSPACE_BYTES", 1)
+    for limit, least in (("WORKSPACE_BYTES", 1), ("FEW_BYTES", 0)):
+        monkeypatch.setattr(f"translution.backends.torch.attention.{limit}", least)
     found = results(operator, torch.float32, "stream")
     assert calls
     assert_close(found, results(operator, torch.float64, "pairwise"))
@@ -140,9 +142,11 @@ def test_float64_and_few_rows_are_left_to_torch(calls, monkeypatch):
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
-        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx512_vp2intersect": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False, "avx_vnni": True}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "avx_vnni": True}, False),
         ({}, False),
     ],
 )

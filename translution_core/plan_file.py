@@ -30,13 +30,22 @@ PACKAGES = ("translution", "numpy", "torch", "triton")
 _MOST_BYTES = 2**26
 
 
-def _processor() -> str:
+def _processor(described: Path = Path("/proc/cpuinfo")) -> str:
+    """Name, family and model: virtual machines give the same name to several generations."""
     try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        text = described.read_text(encoding="utf-8")
     except OSError:
-        named = []
-    return named[0] if named else platform.processor() or platform.machine()
+        text = ""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = [
+        f"{title} {found[name]}" for name, title in (("cpu family", "family"), ("model", "model")) if name in found
+    ]
+    return ", ".join([found["model name"], *numbers])
 
 
 def _cores() -> int:

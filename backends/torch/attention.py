@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.backends.torch import pairwise, plain
-from translution.backends.torch.bands import Adder
+from translution.backends.torch import few_rows, pairwise, passes, plain
 from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
-from translution.backends.torch.passes import Backward, Forward
-from translution.backends.torch.products import uses_onednn
+from translution.backends.torch.products import is_for_onednn, uses_onednn
 from translution.backends.torch.relevance import LinkMask, items, softmax
 from translution.backends.torch.stretches import Stretch
 from translution.normal_form import NormalForm
@@ -34,6 +32,9 @@ from translution.normal_form import NormalForm
 WORKSPACE_BYTES = 30 << 20
 # What a stretch's features take, forward and backward, unless it is one visit.
 STRETCH_BYTES = 4 << 20, 2 << 20
+# Where every role is a full table, what all links of a displacement have may be as much, and it is few rows: all
+# that follows the products is done in stretches of as many bytes, for all the batch.
+FEW_BYTES, FEW_STRETCH_BYTES = 96 << 10, 2 << 20
 # A first logit beyond this, or a sum outside these, and the largest logit is looked for.
 FAR_LOGIT = 30.0
 SUMS = 1e-18, 1e18
@@ -50,6 +51,7 @@ class _Attention:
     scale: Tensor
     added: Tensor | None
     dead: Tensor | None
+    is_few: bool = False
 
     @property
     def _row(self) -> int:
@@ -60,6 +62,8 @@ class _Attention:
     def parts(self, batch: int, backward: bool = False) -> list[slice]:
         """The batch in parts of about the same size."""
         links = self.call.links
+        if self.is_few:
+            return [slice(0, batch)]
         # Bands of tokens and results; backward of tokens, as they are and turned, their gradient and the cotangent.
         # Features of a visit, and of a stretch, which is at least a visit.
         of_bands, of_visits, of_stretches = (3 + uses_onednn(), 2, 3) if backward else (2, 3, 1)
@@ -69,6 +73,19 @@ class _Attention:
         large = (tokens + (of_visits + of_stretches) * links.widest) * self._row
         small = (tokens + of_visits * links.widest) * self._row
         return divided(batch, 1, min(WORKSPACE_BYTES // max(large, 1), (WORKSPACE_BYTES - shared) // max(small, 1)))
+
+    def with_few_rows(self, tensors: Sequence[Tensor], backward: bool = False) -> "_Attention":
+        """By :mod:`few_rows`, where that is faster, else as it is."""
+        like, links = tensors[0], self.call.links
+        if torch.compiler.is_compiling() or like.device.type not in ("cpu", "meta") or not self.call.is_full(tensors):
+            return self
+        batch, (number,) = like.shape[1], self.call.matrices(0)
+        if links.count * batch * self._row > FEW_BYTES * len(links.steps):
+            return self
+        largest = max((links_of_each for _, links_of_each in links.shapes), default=0)
+        if backward and is_for_onednn(largest * batch, tensors[number], like.dtype):
+            return self
+        return replace(self, is_few=True)
 
     def in_large_parts(self, tensors: Sequence[Tensor]) -> "_Attention":
         """For the backward: where it takes several parts, with visits that leave room for larger ones.
@@ -83,7 +100,8 @@ class _Attention:
 
     def stretches(self, batch: int, backward: bool = False) -> tuple[Stretch, ...]:
         """All visits, for a part of the batch of ``batch`` items."""
-        return self.call.links.stretches(STRETCH_BYTES[backward] // (max(batch, 1) * self._row))
+        most = FEW_STRETCH_BYTES if self.is_few else STRETCH_BYTES[backward]
+        return self.call.links.stretches(most // (max(batch, 1) * self._row), self.is_few)
 
     def logits(self, products: Tensor, stretch: Stretch, bias: Tensor | None, part: slice) -> Tensor:
         """l [links, B, H] from q_ij k_ij [.., D]; -inf where masked."""
@@ -116,24 +134,23 @@ class _Part:
     def __init__(self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice) -> None:
         self._attention, self._bias, self._part, self._links = attention, bias, part, attention.call.links
         call, self._stretches = attention.call, attention.stretches(tensors[0][:, part].shape[1])
-        self._visited = Forward(call, tensors, part, self._stretches)
+        forward = few_rows.Forward if attention.is_few else passes.Forward
+        self._visited = forward(call, tensors, part, self._stretches)
 
     def _logits(self, stretch: Stretch) -> Tensor:
         return self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part)
 
     def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> bool:
         """Sum up o_i s_i and s_i, which are 0 yet; whether they can be relied on: with ``highest`` always."""
-        heads = total.shape[2]
-        adders, totals = [Adder(out, (heads, out.shape[2] // heads)) for out in outs], Adder(total, (heads, 1))
+        self._visited.open(outs, total)
         for number, stretch in enumerate(self._stretches):
             weights = self._logits(stretch)
             if highest is not None:
                 weights.sub_(highest.index_select(0, self._links.query_index[stretch.links]))
             elif number == 0 and _beyond(weights, -torch.inf, FAR_LOGIT):
                 return False
-            self._visited.add(stretch, weights.exp_(), totals, adders)
-        for adder in (totals, *adders):
-            adder.close()
+            self._visited.add(stretch, weights.exp_())
+        self._visited.close()
         return highest is not None or self._is_safe(outs, total)
 
     def _is_safe(self, outs: Sequence[Tensor], total: Tensor) -> bool:
@@ -171,6 +188,7 @@ def _attend(
     """o_i of all value roles side by side [Nq, B, H, widths], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
     call, like = attention.call, tensors[0]
     batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
+    attention = attention.with_few_rows(tensors)
     outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
     total, highest = like.new_zeros((queries, batch, heads)), None
     for own_items in attention.parts(batch):
@@ -211,7 +229,8 @@ class _Softmax(Operation):
                 return attention.whole(own_bias, own)
 
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
-        attention = attention.in_large_parts(tensors)
+        few = attention.with_few_rows(tensors, backward=True)
+        attention = few if few.is_few else attention.in_large_parts(tensors)
         d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
         gathered = Gathered(attention.call, tensors, needs[1:])
         for part in attention.parts(out.shape[1], backward=True):
@@ -243,7 +262,8 @@ class _Pull:
         """Stretch by stretch."""
         call = self._attention.call
         stretches = self._attention.stretches(self._delta.shape[1], backward=True)
-        back = Backward(call, tensors, gathered, part, stretches, self._cotangents)
+        backward = few_rows.Backward if self._attention.is_few else passes.Backward
+        back = backward(call, tensors, gathered, part, stretches, self._cotangents)
         for stretch in stretches:
             weights, d_logits = self._weights(back.products(stretch), stretch, part)
             back.values(stretch, weights, d_logits)

@@ -59,6 +59,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += formula(*args, **own, out_val=out)
         results = _tensors(out if isinstance(out, tuple | list) else (out,))
+        if out is None:  # it writes its first argument
+            results = _tensors(args[:1])
         inside = _INSIDE.get(func._overloadpacket)
         if results and not func.is_view and func._overloadpacket not in _IDLE:
             given = _tensors((*args, *(value for name, value in own.items() if name != "out")))

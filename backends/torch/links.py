@@ -54,7 +54,8 @@ class Links:
     device: torch.device
     visits: tuple[Visit, ...]
     steps: tuple[Step, ...]
-    _stretches: dict[int, tuple[Stretch, ...]] = field(default_factory=dict, repr=False)
+    _stretches: dict[tuple[int, bool], tuple[Stretch, ...]] = field(default_factory=dict, repr=False)
+    _cut: dict[tuple[str, tuple[Stretch, ...]], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
@@ -77,12 +78,12 @@ class Links:
         """The same links in another order, for large batches: visits that take two thirds of the memory for rows."""
         return _links(self.geometry, self.device, apart=True)
 
-    def stretches(self, most: int) -> tuple[Stretch, ...]:
-        """The visits in stretches of about ``most`` links: of the power of two below it."""
+    def stretches(self, most: int, mixed: bool = False) -> tuple[Stretch, ...]:
+        """The visits in stretches of about ``most`` links: of the power of two below it. ``mixed``: of any bands."""
         power = max(most, 1).bit_length()
-        if power not in self._stretches:
-            self._stretches[power] = tuple(stretches(self.visits, 1 << power - 1))
-        return self._stretches[power]
+        if (power, mixed) not in self._stretches:
+            self._stretches[power, mixed] = tuple(stretches(self.visits, 1 << power - 1, mixed))
+        return self._stretches[power, mixed]
 
     def _placed(self, array: IntArray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -134,6 +135,23 @@ class Links:
     def index(self, side: str) -> Tensor:
         """``query_index`` or ``key_index``."""
         return self.query_index if side == "query" else self.key_index
+
+    def cut_index(self, role: str, stretches: tuple[Stretch, ...]) -> tuple[Tensor, ...]:
+        """The token of every link for a ``role`` in its order, that is mirrored for ``key``, for each of the stretches.
+
+        Made once: what is looked up in every call would count as the call's own.
+        """
+        if (role, stretches) not in self._cut:
+            self._cut[role, stretches] = self._index_parts(role, stretches)
+        return self._cut[role, stretches]
+
+    @kept
+    def _index_parts(self, role: str, stretches: tuple[Stretch, ...]) -> tuple[Tensor, ...]:
+        tokens = self.queries if role == "query" else self.keys
+        by_visit = [tokens[visit.start : visit.stop].reshape(visit.shape) for visit in self.visits]
+        turned = [own[::-1] if role == "key" else own for own in by_visit]
+        index = self._placed(_joined([own.ravel() for own in turned]))
+        return tuple(index[stretch.links] for stretch in stretches)
 
     @cached_property
     def unvisited(self) -> dict[str, list[int]]:

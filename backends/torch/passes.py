@@ -18,7 +18,7 @@ def _longest(stretches: Sequence[Stretch]) -> int:
 class Forward:
     """The forward of some of the batch items."""
 
-    def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: Sequence[Stretch]) -> None:
+    def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...]) -> None:
         self._query, self._key, *self._values = call.steps(tensors, None, part)
         self._products = self._query.workspace(_longest(stretches))
 
@@ -29,12 +29,23 @@ class Forward:
             crossed(self._key.encode(visit), self._query.encode(visit).parts, own)
         return whole
 
-    def add(self, stretch: Stretch, weights: Tensor, totals: Adder, outs: Sequence[Adder]) -> None:
-        """Add p_ij [links, B, H] to ``totals``, and p_ij v_ij of every value role to its ``outs``."""
+    def open(self, outs: Sequence[Tensor], total: Tensor) -> None:
+        """Say what to add to: o_i s_i of every value role [Nq, B, H * D] and s_i [Nq, B, H]."""
+        heads = total.shape[2]
+        self._outs = [Adder(out, (heads, out.shape[2] // heads)) for out in outs]
+        self._total = Adder(total, (heads, 1))
+
+    def add(self, stretch: Stretch, weights: Tensor) -> None:
+        """Add p_ij [links, B, H], and p_ij v_ij of every value role."""
         for visit, own in zip(stretch.visits, stretch.visit_parts(weights.unsqueeze(-1)), strict=True):
-            totals.rows(visit.query).add_(own)
-            for value, out in zip(self._values, outs, strict=True):
+            self._total.rows(visit.query).add_(own)
+            for value, out in zip(self._values, self._outs, strict=True):
                 value.add_weighted(visit, own, out.rows(visit.query))
+
+    def close(self) -> None:
+        """Let the sums have what was added."""
+        for adder in (self._total, *self._outs):
+            adder.close()
 
 
 class Backward:
@@ -49,7 +60,7 @@ class Backward:
         tensors: Sequence[Tensor],
         gathered: Gathered,
         part: slice,
-        stretches: Sequence[Stretch],
+        stretches: tuple[Stretch, ...],
         cotangents: Sequence[Tensor],
     ) -> None:
         self._query, self._key, *self._values = call.steps(tensors, gathered, part)

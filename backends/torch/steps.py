@@ -12,7 +12,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
-from translution.backends.torch.products import by_onednn, is_for_onednn
+from translution.backends.torch.products import blocks, by_onednn, is_for_onednn, outer
 from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.stretches import Stretch
 from translution.backends.torch.visits import Place, Visit
@@ -47,35 +47,12 @@ class Room(Features):
     flat: Tensor
 
 
-def _blocks(rows: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """rows [n, P, groups * width] as [n, groups, P, width], the width of the matrix's ``axis``."""
-    return torch.unflatten(rows, -1, (matrix.shape[1], matrix.shape[axis])).transpose(1, 2)
-
-
 def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
     """Rows [n, P, R] times matrix [n, R, E] or [n, groups, R / groups, E / groups]."""
     if matrix.dim() == 3:
         return torch.bmm(rows, matrix, out=out)
-    _blocks(out, matrix, 3).copy_(_blocks(rows, matrix, 2) @ matrix)
+    blocks(out, matrix, 3).copy_(blocks(rows, matrix, 2) @ matrix)
     return out
-
-
-def _outer(rows: Tensor, gradient: Tensor, total: Tensor, opens: bool, scratch: Scratch) -> None:
-    """total (+)= rows^T gradient."""
-    if total.dim() == 4:
-        product = _blocks(rows, total, 2).mT @ _blocks(gradient, total, 3)
-    elif total.is_contiguous():
-        if opens:
-            torch.bmm(rows.mT, gradient, out=total)
-        else:
-            total.baddbmm_(rows.mT, gradient)
-        return
-    else:  # of products that do not lie together each would be computed on its own, by one core
-        product = torch.bmm(rows.mT, gradient, out=scratch(*total.shape))
-    if opens:
-        total.copy_(product)
-    else:
-        total.add_(product)
 
 
 def _room(own: Tensor, displacements: int) -> Room:
@@ -328,7 +305,7 @@ class RoleSteps:
         rows = self._live_rows(reader.rows(place), visit)
         is_many = visit.shape in self._many[number]
         if not is_many and not self._is_apart(visit):
-            _outer(rows, gradient, total, opens, self._scratch)
+            outer(rows, gradient, total, opens, self._scratch)
             return
         turned = reader.turned(place) if is_many and self._mask is None else rows.mT
         parts = zip(self._one_by_one(turned, visit), gradient.unbind(0), total.unbind(0), strict=True)

@@ -18,7 +18,7 @@ from translution.backends.torch.visits import Visit
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Visits one after another, of the links ``start`` to ``stop``, whose bands are open together."""
+    """Visits one after another, of the links ``start`` to ``stop``; their bands are the same unless it is mixed."""
 
     visits: tuple[Visit, ...]
 
@@ -65,14 +65,15 @@ class Stretch:
         return [list(islice(parts, visit.shape[0])) for visit in self.visits]
 
 
-def stretches(visits: Sequence[Visit], most: int) -> Iterator[Stretch]:
-    """The visits in stretches of at most ``most`` links each, or of a single visit."""
+def stretches(visits: Sequence[Visit], most: int, mixed: bool = False) -> Iterator[Stretch]:
+    """The visits in stretches of at most ``most`` links each, or of a single visit; ``mixed``: of whatever bands."""
     open_visits: list[Visit] = []
     for visit in visits:
         if open_visits:
             first = open_visits[0]
             same = visit.query.bands is first.query.bands and visit.key.bands is first.key.bands
-            if not same or visit.value.bands is not first.value.bands or visit.stop - first.start > most:
+            same = same and visit.value.bands is first.value.bands
+            if not (same or mixed) or visit.stop - first.start > most:
                 yield Stretch(tuple(open_visits))
                 open_visits = []
         open_visits.append(visit)
