@@ -15,8 +15,6 @@ from torch import Tensor
 
 from translution.backends.torch.bands import Scratch
 from translution.backends.torch.call import Call, Gathered
-from translution.backends.torch.encoding import Encoded
-from translution.backends.torch.links import Links
 from translution.backends.torch.products import by_onednn, is_for_onednn, outer
 from translution.backends.torch.stretches import Stretch
 from translution.backends.torch.visits import Visit
@@ -56,30 +54,54 @@ class _Rows:
 class _Rooms(dict[tuple[str, int], Tensor]):
     """Memory of its own for each name and number of features, taken when it is first asked for."""
 
-    def __init__(self, like: Tensor, stretches: Sequence[Stretch]) -> None:
-        self._like, self._longest = like, max((stretch.count for stretch in stretches), default=0)
+    def __init__(self, like: Tensor, batch: int, stretches: Sequence[Stretch]) -> None:
+        self._like, self._batch = like, batch
+        self._longest = max((stretch.count for stretch in stretches), default=0)
 
     def __missing__(self, key: tuple[str, int]) -> Tensor:
-        found = self[key] = self._like.new_empty((self._longest, self._like.shape[1], key[1]))
+        found = self[key] = self._like.new_empty((self._longest, self._batch, key[1]))
         return found
+
+    def rows(self, name: str, stretch: Stretch, features: int) -> _Rows:
+        """Room for what the links of a stretch have."""
+        return _Rows(self[name, features], stretch)
 
 
 class _Role:
-    """One full table: features are ``tokens`` [N, B, R] times ``matrices`` [T, R, E]."""
+    """One full table: features are ``tokens`` [N, B, R] times ``matrices`` [T, R, E].
+
+    Args:
+        call: what it is a role of, as the one of this ``number``.
+        tensors: those of the call.
+        gathered: where gradients go, None in the forward.
+        part: the items of the batch.
+        stretches: all that will be visited.
+        rooms: shared by the roles of the call.
+    """
 
     def __init__(
-        self, role: Encoded, links: Links, tokens: Tensor, rooms: _Rooms, stretches: tuple[Stretch, ...]
+        self,
+        call: Call,
+        number: int,
+        tensors: Sequence[Tensor],
+        gathered: Gathered | None,
+        part: slice,
+        stretches: tuple[Stretch, ...],
+        rooms: "_Rooms",
     ) -> None:
-        (table,) = role.tables
-        self.matrices, self.heads, self._tokens, self._rooms = table.matrices, role.heads, tokens, rooms
-        self.is_key = role.name == "key"
-        self._index = dict(zip(stretches, links.cut_index(role.name, stretches), strict=True))
-        shapes = links.shapes
-        self._many = {s for s in shapes if is_for_onednn(s[1] * tokens.shape[1], table.matrices, tokens.dtype)}
+        role, (tokens,), (table,) = call.roles[number], call.tokens(number), call.matrices(number)
+        self.heads, self._is_key, self._rooms = role.heads, role.name == "key", rooms
+        self._tokens, self._matrices = tensors[tokens][:, part].flatten(2), tensors[table]
+        self._opens = gathered is not None and gathered.opens
+        total, self._d_matrices = (None, None) if gathered is None else (gathered.totals[n] for n in (tokens, table))
+        self._d_tokens = None if total is None else total[:, part].flatten(2)
+        self.wanted = self._d_tokens is not None or self._d_matrices is not None
+        self._index = dict(zip(stretches, call.links.cut_index(role.name, stretches), strict=True))
+        batch, dtype = self._tokens.shape[1], self._tokens.dtype
+        self._many = {s for s in call.links.shapes if is_for_onednn(s[1] * batch, self._matrices, dtype)}
 
-    def rows(self, visit: Visit) -> slice:
-        """Which matrices a visit multiplies with."""
-        return visit.key_rows if self.is_key else visit.value_rows
+    def _table_rows(self, visit: Visit) -> slice:
+        return visit.key_rows if self._is_key else visit.value_rows
 
     def index(self, stretch: Stretch) -> Tensor:
         """The token of each link, mirrored for keys."""
@@ -87,15 +109,15 @@ class _Role:
 
     def copied(self, name: str, stretch: Stretch) -> _Rows:
         """The token of each link."""
-        found = _Rows(self._rooms[name, self._tokens.shape[2]], stretch)
+        found = self._rooms.rows(name, stretch, self._matrices.shape[1])
         torch.index_select(self._tokens, 0, self.index(stretch), out=found.whole)
         return found
 
     def encoded(self, name: str, copies: _Rows, stretch: Stretch) -> _Rows:
         """The features of each link."""
-        found = _Rows(self._rooms[name, self.matrices.shape[2]], stretch)
+        found = self._rooms.rows(name, stretch, self._matrices.shape[2])
         for visit, rows, out in zip(stretch.visits, copies.visits, found.visits, strict=True):
-            matrices = self.matrices[self.rows(visit)]
+            matrices = self._matrices[self._table_rows(visit)]
             if visit.shape in self._many:
                 for own, matrix, product in zip(rows, matrices, out, strict=True):
                     product.copy_(by_onednn(own, matrix))
@@ -103,51 +125,37 @@ class _Role:
                 torch.bmm(rows, matrices, out=out)
         return found
 
-
-class _Gradients:
-    """Where the gradients of a role go; None for what is not wanted."""
-
-    def __init__(
-        self, role: _Role, d_tokens: Tensor | None, d_matrices: Tensor | None, opens: bool, rooms: _Rooms
-    ) -> None:
-        self._role, self._d_tokens, self._d_matrices, self._opens, self._rooms = (
-            role, d_tokens, d_matrices, opens, rooms
-        )  # fmt: skip
-
-    @property
-    def wanted(self) -> bool:
-        """Whether :meth:`push` does anything."""
-        return self._d_tokens is not None or self._d_matrices is not None
-
     def push(self, name: str, copies: _Rows, gradient: _Rows, stretch: Stretch, scratch: Scratch) -> None:
-        """Take in the gradient of what :meth:`_Role.encoded` made of the copies; ``name`` is that of a free room."""
-        role = self._role
+        """Take in the gradient of what :meth:`encoded` made of the copies, with room of this ``name``."""
         if self._d_matrices is not None:
             for visit, rows, own in zip(stretch.visits, copies.visits, gradient.visits, strict=True):
-                opens = self._opens and (visit.opens_key if role.is_key else visit.opens_value)
-                outer(rows, own, self._d_matrices[role.rows(visit)], opens, scratch)
+                opens = self._opens and (visit.opens_key if self._is_key else visit.opens_value)
+                outer(rows, own, self._d_matrices[self._table_rows(visit)], opens, scratch)
         if self._d_tokens is not None:
-            found = _Rows(self._rooms[name, role.matrices.shape[1]], stretch)
+            found = self._rooms.rows(name, stretch, self._matrices.shape[1])
             for visit, own, out in zip(stretch.visits, gradient.visits, found.visits, strict=True):
-                torch.bmm(own, role.matrices[role.rows(visit)].mT, out=out)
-            self._d_tokens.index_add_(0, role.index(stretch), found.whole)
+                torch.bmm(own, self._matrices[self._table_rows(visit)].mT, out=out)
+            self._d_tokens.index_add_(0, self.index(stretch), found.whole)
 
 
 def _roles(
-    call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...]
+    call: Call,
+    tensors: Sequence[Tensor],
+    gathered: Gathered | None,
+    part: slice,
+    stretches: tuple[Stretch, ...],
 ) -> tuple[_Rooms, list[_Role]]:
     """Room for features and tokens, and the roles query, key and value."""
-    tokens = [tensors[number][:, part].flatten(2) for (number,) in map(call.tokens, range(3))]
-    rooms = _Rooms(tokens[0], stretches)
-    roles = zip(call.with_tensors(tensors), tokens, strict=True)
-    return rooms, [_Role(role, call.links, own, rooms, stretches) for role, own in roles]
+    like = tensors[0][:, part]
+    rooms = _Rooms(like, like.shape[1], stretches)
+    return rooms, [_Role(call, number, tensors, gathered, part, stretches, rooms) for number in range(3)]
 
 
 class Forward:
     """As :class:`translution.backends.torch.passes.Forward`."""
 
     def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...]) -> None:
-        _, (self._query, self._key, self._value) = _roles(call, tensors, part, stretches)
+        _, (self._query, self._key, self._value) = _roles(call, tensors, None, part, stretches)
 
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
@@ -183,27 +191,17 @@ class Backward:
         stretches: tuple[Stretch, ...],
         cotangents: Sequence[Tensor],
     ) -> None:
-        self._rooms, (self._query, self._key, self._value) = _roles(call, tensors, part, stretches)
-        (self._cotangent,) = cotangents
-        self._scratch = Scratch(tensors[0])
-        self._d_query, self._d_key, self._d_value = (
-            self._gradients(role, gathered, part, call.tokens(n)[0], call.matrices(n)[0])
-            for n, role in enumerate((self._query, self._key, self._value))
-        )
-
-    def _gradients(self, role: _Role, gathered: Gathered, part: slice, tokens: int, matrices: int) -> _Gradients:
-        total = gathered.totals[tokens]
-        own = None if total is None else total[:, part].flatten(2)
-        return _Gradients(role, own, gathered.totals[matrices], gathered.opens, self._rooms)
+        self._rooms, (self._query, self._key, self._value) = _roles(call, tensors, gathered, part, stretches)
+        (self._cotangent,), self._scratch = cotangents, Scratch(tensors[0])
 
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
         self._q_rows, self._k_rows = self._query.copied("q rows", stretch), self._key.copied("k rows", stretch)
         self._q = self._query.encoded("q", self._q_rows, stretch)
         self._k = self._key.encoded("k", self._k_rows, stretch)
-        self._turned_k = _Rows(self._rooms["turned k", self._k.whole.shape[2]], stretch)
+        self._turned_k = self._rooms.rows("turned k", stretch, self._k.whole.shape[2])
         torch.ops.aten._foreach_copy_.default(self._turned_k.in_order(), self._k.mirrored())
-        found = _Rows(self._rooms["free", self._q.whole.shape[2]], stretch)
+        found = self._rooms.rows("free", stretch, self._q.whole.shape[2])
         torch.mul(self._q.whole, self._turned_k.whole, out=found.whole)
         return found.by_head(self._query.heads)
 
@@ -211,20 +209,20 @@ class Backward:
         """Add <do_i, v_ij> to ``d_weights`` [links, B, H], and gather the gradients a_ij do_i of the values."""
         heads, rows = self._value.heads, self._value.copied("v rows", stretch)
         v = self._value.encoded("free", rows, stretch)
-        cotangent = _Rows(self._rooms["cotangent", v.whole.shape[2]], stretch)
+        cotangent = self._rooms.rows("cotangent", stretch, v.whole.shape[2])
         torch.index_select(self._cotangent, 0, self._query.index(stretch), out=cotangent.whole)
         d_weights.add_(v.by_head(heads).mul_(cotangent.by_head(heads)).sum(-1))
-        if self._d_value.wanted:
+        if self._value.wanted:
             cotangent.by_head(heads).mul_(weights.unsqueeze(-1))
-            self._d_value.push("free", rows, cotangent, stretch, self._scratch)
+            self._value.push("free", rows, cotangent, stretch, self._scratch)
 
     def push(self, stretch: Stretch, d_logits: Tensor) -> None:
         """Gather the gradients dl_ij k_ij of the queries and dl_ij q_ij of the keys, for ``d_logits`` [links, B, H]."""
         heads, own = self._query.heads, d_logits.unsqueeze(-1)
-        if self._d_query.wanted:
+        if self._query.wanted:
             self._turned_k.by_head(heads).mul_(own)
-            self._d_query.push("free", self._q_rows, self._turned_k, stretch, self._scratch)
-        if self._d_key.wanted:
+            self._query.push("free", self._q_rows, self._turned_k, stretch, self._scratch)
+        if self._key.wanted:
             self._q.by_head(heads).mul_(own)
             torch.ops.aten._foreach_copy_.default(self._k.in_order(), self._q.mirrored())
-            self._d_key.push("free", self._k_rows, self._k, stretch, self._scratch)
+            self._key.push("free", self._k_rows, self._k, stretch, self._scratch)

@@ -147,10 +147,10 @@ class Links:
 
     @kept
     def _index_parts(self, role: str, stretches: tuple[Stretch, ...]) -> tuple[Tensor, ...]:
-        tokens = self.queries if role == "query" else self.keys
-        by_visit = [tokens[visit.start : visit.stop].reshape(visit.shape) for visit in self.visits]
-        turned = [own[::-1] if role == "key" else own for own in by_visit]
-        index = self._placed(_joined([own.ravel() for own in turned]))
+        index = self.query_index if role == "query" else self.key_index
+        if role == "key":
+            by_visit = (self.keys[visit.start : visit.stop].reshape(visit.shape) for visit in self.visits)
+            index = self._placed(_joined([own[::-1].ravel() for own in by_visit]))
         return tuple(index[stretch.links] for stretch in stretches)
 
     @cached_property
