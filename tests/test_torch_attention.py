@@ -13,7 +13,7 @@ from translution.backends.torch.backend import backend
 from translution.backends.torch.bands import Reader
 from translution.backends.torch.links import links
 from translution.execution import predict
-from translution.spec import BiasTable, Clip, Lattice, Operator, PerDisplacement, Softmax, presets
+from translution.spec import BiasTable, Clip, Lattice, Operator, PairTable, PerDisplacement, Softmax, presets
 
 CPU = torch.device("cpu")
 FULL = presets.translution((3, 4), 8, 2, registers=1)
@@ -25,6 +25,7 @@ LAYOUTS = {
     "strided": Lattice((5,), kernel_size=(3,), stride=(2,)),
     "volume": Lattice((2, 3, 2)),
     "far": Lattice((7,), far=Clip(2)),
+    "pairs": PairTable(((0, 1, 2, 1), (2, 0, 1, 0), (1, 2, 2, 0), (0, 2, 1, -1)), 3),
 }
 
 
@@ -174,7 +175,10 @@ def test_parts_of_the_batch_add_up(kind, origin, monkeypatch):
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("stretch", [0, 2_000, attention.FEW_STRETCH_BYTES])
 def test_few_rows_are_multiplied_from_copies(name, stretch, monkeypatch):
-    """In stretches of one visit, of some, and in one; where there is a bias too."""
+    """In stretches of one visit, of some, and in one; where there is a bias too.
+
+    With classes of pairs a visit can be the first of a key's matrix and not of a value's.
+    """
     monkeypatch.setattr(attention, "FEW_STRETCH_BYTES", stretch)
     for unused in ("Forward", "Backward"):
         monkeypatch.setattr(passes, unused, lambda *_: pytest.fail("read bands"))
