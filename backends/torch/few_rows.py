@@ -87,14 +87,15 @@ class _Role:
         gathered: Gathered | None,
         part: slice,
         stretches: tuple[Stretch, ...],
-        rooms: "_Rooms",
+        rooms: _Rooms,
     ) -> None:
         role, (tokens,), (table,) = call.roles[number], call.tokens(number), call.matrices(number)
         self.heads, self._is_key, self._rooms = role.heads, role.name == "key", rooms
         self._tokens, self._matrices = tensors[tokens][:, part].flatten(2), tensors[table]
         self._opens = gathered is not None and gathered.opens
-        total, self._d_matrices = (None, None) if gathered is None else (gathered.totals[n] for n in (tokens, table))
+        total = None if gathered is None else gathered.totals[tokens]
         self._d_tokens = None if total is None else total[:, part].flatten(2)
+        self._d_matrices = None if gathered is None else gathered.totals[table]
         self.wanted = self._d_tokens is not None or self._d_matrices is not None
         self._index = dict(zip(stretches, call.links.cut_index(role.name, stretches), strict=True))
         batch, dtype = self._tokens.shape[1], self._tokens.dtype
