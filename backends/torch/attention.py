@@ -82,8 +82,7 @@ class _Attention:
         batch, (number,) = like.shape[1], self.call.matrices(0)
         if links.count * batch * self._row > FEW_BYTES * len(links.steps):
             return self
-        largest = max((links_of_each for _, links_of_each in links.shapes), default=0)
-        if backward and is_for_onednn(largest * batch, tensors[number], like.dtype):
+        if backward and any(is_for_onednn(rows * batch, tensors[number], like.dtype) for _, rows in links.shapes):
             return self
         return replace(self, is_few=True)
 
@@ -229,8 +228,7 @@ class _Softmax(Operation):
                 return attention.whole(own_bias, own)
 
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
-        few = attention.with_few_rows(tensors, backward=True)
-        attention = few if few.is_few else attention.in_large_parts(tensors)
+        attention = attention.with_few_rows(tensors, backward=True).in_large_parts(tensors)
         d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
         gathered = Gathered(attention.call, tensors, needs[1:])
         for part in attention.parts(out.shape[1], backward=True):

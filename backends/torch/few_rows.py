@@ -4,7 +4,7 @@ Where products are small, what is called between them takes as long as they do. 
 of their query's token and of their key's: the rows of a displacement are a range of the copies, and so are its results.
 Only where every role is one full table (:meth:`Call.is_full`).
 
-The key role has the last displacement of a visit first (:class:`Visit`): its order here is *mirrored*.
+The key role has the last displacement of a visit first (visits.py): its order here is *mirrored*.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Scratch
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.products import by_onednn, is_for_onednn, outer
-from translution.backends.torch.stretches import Stretch
-from translution.backends.torch.visits import Visit
+from translution.backends.torch.stretches import Stretch, longest
 
 
 class _Rows:
@@ -56,7 +55,7 @@ class _Rooms(dict[tuple[str, int], Tensor]):
 
     def __init__(self, like: Tensor, batch: int, stretches: Sequence[Stretch]) -> None:
         self._like, self._batch = like, batch
-        self._longest = max((stretch.count for stretch in stretches), default=0)
+        self._longest = longest(stretches)
 
     def __missing__(self, key: tuple[str, int]) -> Tensor:
         found = self[key] = self._like.new_empty((self._longest, self._batch, key[1]))
@@ -90,7 +89,7 @@ class _Role:
         rooms: _Rooms,
     ) -> None:
         role, (tokens,), (table,) = call.roles[number], call.tokens(number), call.matrices(number)
-        self.heads, self._is_key, self._rooms = role.heads, role.name == "key", rooms
+        self.heads, self._name, self._rooms = role.heads, role.name, rooms
         self._tokens, self._matrices = tensors[tokens][:, part].flatten(2), tensors[table]
         self._opens = gathered is not None and gathered.opens
         total = None if gathered is None else gathered.totals[tokens]
@@ -100,9 +99,6 @@ class _Role:
         self._index = dict(zip(stretches, call.links.cut_index(role.name, stretches), strict=True))
         batch, dtype = self._tokens.shape[1], self._tokens.dtype
         self._many = {s for s in call.links.shapes if is_for_onednn(s[1] * batch, self._matrices, dtype)}
-
-    def _table_rows(self, visit: Visit) -> slice:
-        return visit.key_rows if self._is_key else visit.value_rows
 
     def index(self, stretch: Stretch) -> Tensor:
         """The token of each link, mirrored for keys."""
@@ -118,7 +114,7 @@ class _Role:
         """The features of each link."""
         found = self._rooms.rows(name, stretch, self._matrices.shape[2])
         for visit, rows, out in zip(stretch.visits, copies.visits, found.visits, strict=True):
-            matrices = self._matrices[self._table_rows(visit)]
+            matrices = self._matrices[visit.table_rows(self._name)]
             if visit.shape in self._many:
                 for own, matrix, product in zip(rows, matrices, out, strict=True):
                     product.copy_(by_onednn(own, matrix))
@@ -130,12 +126,12 @@ class _Role:
         """Take in the gradient of what :meth:`encoded` made of the copies, with room of this ``name``."""
         if self._d_matrices is not None:
             for visit, rows, own in zip(stretch.visits, copies.visits, gradient.visits, strict=True):
-                opens = self._opens and (visit.opens_key if self._is_key else visit.opens_value)
-                outer(rows, own, self._d_matrices[self._table_rows(visit)], opens, scratch)
+                opens = self._opens and visit.opens(self._name)
+                outer(rows, own, self._d_matrices[visit.table_rows(self._name)], opens, scratch)
         if self._d_tokens is not None:
             found = self._rooms.rows(name, stretch, self._matrices.shape[1])
             for visit, own, out in zip(stretch.visits, gradient.visits, found.visits, strict=True):
-                torch.bmm(own, self._matrices[self._table_rows(visit)].mT, out=out)
+                torch.bmm(own, self._matrices[visit.table_rows(self._name)].mT, out=out)
             self._d_tokens.index_add_(0, self.index(stretch), found.whole)
 
 

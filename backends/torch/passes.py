@@ -8,11 +8,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Adder, Reader
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.steps import Features, RoleSteps, crossed, multiplied, reversed_product
-from translution.backends.torch.stretches import Stretch
-
-
-def _longest(stretches: Sequence[Stretch]) -> int:
-    return max((stretch.count for stretch in stretches), default=0)
+from translution.backends.torch.stretches import Stretch, longest
 
 
 class Forward:
@@ -20,7 +16,7 @@ class Forward:
 
     def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...]) -> None:
         self._query, self._key, *self._values = call.steps(tensors, None, part)
-        self._products = self._query.workspace(_longest(stretches))
+        self._products = self._query.workspace(longest(stretches))
 
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
@@ -64,17 +60,16 @@ class Backward:
         cotangents: Sequence[Tensor],
     ) -> None:
         self._query, self._key, *self._values = call.steps(tensors, gathered, part)
-        heads, longest = self._query.encoded.heads, _longest(stretches)
+        heads, most = self._query.encoded.heads, longest(stretches)
         self._cotangents = [
             Reader(own, (heads, value.encoded.head_dim)) for own, value in zip(cotangents, self._values, strict=True)
         ]
         self._q_rooms, self._k_rooms, self._products = (
-            role.workspace(longest) for role in (self._query, self._key, self._query)
+            role.workspace(most) for role in (self._query, self._key, self._query)
         )
         item = heads, self._query.encoded.head_dim
         self._work = [
-            self._products if (v.encoded.heads, v.encoded.head_dim) == item else v.workspace(longest)
-            for v in self._values
+            self._products if (v.encoded.heads, v.encoded.head_dim) == item else v.workspace(most) for v in self._values
         ]
         self._kept: list[tuple[Features, Features]] = []
 

@@ -1,4 +1,4 @@
-"""Matrix products of many rows by oneDNN, where that is faster than what ``torch.mm`` calls.
+"""Matrix products of the displacements of a visit; of many rows by oneDNN, where that beats what ``torch.mm`` calls.
 
 torch's float32 products on a CPU are MKL's, which on AMD's processors uses half of their vector width: 0.20 TFLOP/s
 where oneDNN gives 0.32 at 200 rows and 0.45 at 1600 (192 channels, two cores of Zen 5, torch 2.13). On Zen 4, which
@@ -61,15 +61,23 @@ def by_onednn(rows: Tensor, matrix: Tensor) -> Tensor:
     return linear(rows, matrix.mT, None, "none", [], "")
 
 
-def blocks(rows: Tensor, matrix: Tensor, axis: int) -> Tensor:
+def _blocks(rows: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """rows [n, P, groups * width] as [n, groups, P, width], the width of the matrix's ``axis``."""
     return torch.unflatten(rows, -1, (matrix.shape[1], matrix.shape[axis])).transpose(1, 2)
+
+
+def multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """Rows [n, P, R] times matrix [n, R, E] or [n, groups, R / groups, E / groups]."""
+    if matrix.dim() == 3:
+        return torch.bmm(rows, matrix, out=out)
+    _blocks(out, matrix, 3).copy_(_blocks(rows, matrix, 2) @ matrix)
+    return out
 
 
 def outer(rows: Tensor, gradient: Tensor, total: Tensor, opens: bool, scratch: Scratch) -> None:
     """total (+)= rows^T gradient."""
     if total.dim() == 4:
-        product = blocks(rows, total, 2).mT @ blocks(gradient, total, 3)
+        product = _blocks(rows, total, 2).mT @ _blocks(gradient, total, 3)
     elif total.is_contiguous():
         if opens:
             torch.bmm(rows.mT, gradient, out=total)

@@ -12,7 +12,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
-from translution.backends.torch.products import blocks, by_onednn, is_for_onednn, outer
+from translution.backends.torch.products import by_onednn, is_for_onednn, multiply, outer
 from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.stretches import Stretch
 from translution.backends.torch.visits import Place, Visit
@@ -45,14 +45,6 @@ class Room(Features):
 
     whole: Tensor
     flat: Tensor
-
-
-def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """Rows [n, P, R] times matrix [n, R, E] or [n, groups, R / groups, E / groups]."""
-    if matrix.dim() == 3:
-        return torch.bmm(rows, matrix, out=out)
-    blocks(out, matrix, 3).copy_(blocks(rows, matrix, 2) @ matrix)
-    return out
 
 
 def _room(own: Tensor, displacements: int) -> Room:
@@ -151,9 +143,7 @@ class RoleSteps:
         self._d_matrices = d_matrices
         _, self.batch, _ = readers[0].shape
         self._dtype = encoded.tensors[0].dtype
-        is_key = encoded.name == "key"
         self._place: Callable[[Visit], Place] = attrgetter("query" if encoded.side == "query" else encoded.name)
-        self._rows: Callable[[Visit], slice] = attrgetter("key_rows" if is_key else "value_rows")
         self._is_base = with_base and not encoded.tables and not encoded.turns and mask is None
         full = len(encoded.tables) == 1 and encoded.tables[0].width == encoded.head_dim
         self._is_product = full and encoded.base is None and not encoded.turns
@@ -189,7 +179,7 @@ class RoleSteps:
 
     def _matrix(self, number: int, visit: Visit) -> Tensor:
         """A table's matrices for a visit, in the accumulation dtype."""
-        own = self.encoded.tables[number].matrices[self._rows(visit)]
+        own = self.encoded.tables[number].matrices[visit.table_rows(self.encoded.name)]
         return own if own.dtype == self._dtype else own.to(self._dtype)
 
     def encode(self, visit: Visit, room: Room | None = None) -> Features:
@@ -211,7 +201,7 @@ class RoleSteps:
                 for own, own_matrix, product in zip(self._one_by_one(rows, visit), matrix, room.flat, strict=True):
                     torch.mm(own, own_matrix, out=product)
             else:
-                _multiply(rows, matrix, room.flat)
+                multiply(rows, matrix, room.flat)
         else:
             if self._base is None:
                 room.flat.zero_()
@@ -220,7 +210,7 @@ class RoleSteps:
             for n, table in enumerate(role.tables):
                 own = room.whole[..., table.start : table.start + table.width]
                 product = self._scratch(*room.flat.shape[:2], role.heads * table.width)
-                _multiply(self._z[n].rows(place), self._matrix(n, visit), product)
+                multiply(self._z[n].rows(place), self._matrix(n, visit), product)
                 own += product.view(own.shape)
             self._turn(room.whole, visit, 1)
         if self._dead is not None:
@@ -289,14 +279,14 @@ class RoleSteps:
         flat = gradient.reshape(len(visit.steps), visit.shape[1] * self.batch, role.heads * role.head_dim)
         if self._d_base is not None:
             self._d_base.rows(place).add_(flat)
-        opens = self._opens and (visit.opens_key if role.name == "key" else visit.opens_value)
+        opens = self._opens and visit.opens(role.name)
         for n, table in enumerate(role.tables):
             own = flat
             if table.width != role.head_dim:
                 own = gradient[..., table.start : table.start + table.width].flatten(3).flatten(1, 2)
             d_z, d_matrices = self._d_z[n], self._d_matrices[n]
             if d_matrices is not None:
-                self._push_table(n, visit, own, d_matrices[self._rows(visit)], opens)
+                self._push_table(n, visit, own, d_matrices[visit.table_rows(self.encoded.name)], opens)
             if d_z is not None:
                 self._push_tokens(n, visit, own, d_z.rows(place))
 
@@ -332,7 +322,7 @@ class RoleSteps:
                 else:
                     own.addmm_(own_rows, own_matrix)
         else:
-            total.add_(_multiply(rows, matrix, self._scratch(*total.shape)))
+            total.add_(multiply(rows, matrix, self._scratch(*total.shape)))
 
     def _live_rows(self, rows: Tensor, visit: Visit) -> Tensor:
         """The rows with those that no head sees zeroed: 0 times their NaN would reach the table's gradient."""

@@ -65,6 +65,11 @@ class Stretch:
         return [list(islice(parts, visit.shape[0])) for visit in self.visits]
 
 
+def longest(stretches: Sequence[Stretch]) -> int:
+    """Most links of one of them."""
+    return max((stretch.count for stretch in stretches), default=0)
+
+
 def stretches(visits: Sequence[Visit], most: int, mixed: bool = False) -> Iterator[Stretch]:
     """The visits in stretches of at most ``most`` links each, or of a single visit; ``mixed``: of whatever bands."""
     open_visits: list[Visit] = []

@@ -136,6 +136,14 @@ class Visit:
         """Number of displacements, and links of each."""
         return len(self.steps), self.query.count
 
+    def table_rows(self, role: str) -> slice:
+        """The rows of the table of a role."""
+        return self.key_rows if role == "key" else self.value_rows
+
+    def opens(self, role: str) -> bool:
+        """Whether no visit before has been to those rows."""
+        return self.opens_key if role == "key" else self.opens_value
+
 
 def _box(index: IntArray) -> tuple[list[int], list[int]] | None:
     """Sizes and strides, outermost first, of an arithmetic box of rows; None where the rows are no box."""
