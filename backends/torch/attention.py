@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.backends.torch import few_rows, pairwise, passes, plain
+from translution.backends.torch import few_rows, memory, pairwise, passes, plain
 from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
+from translution.backends.torch.memory import Memory
 from translution.backends.torch.products import is_for_onednn, uses_onednn
 from translution.backends.torch.relevance import LinkMask, items, softmax
-from translution.backends.torch.stretches import Stretch
+from translution.backends.torch.stretches import ByLink, Numbers, Stretch, longest
 from translution.normal_form import NormalForm
 
 # The workspaces of a part of the batch, unless one item alone has more. Parts share the reading of the tables less than
@@ -102,9 +103,19 @@ class _Attention:
         most = FEW_STRETCH_BYTES if self.is_few else STRETCH_BYTES[backward]
         return self.call.links.stretches(most // (max(batch, 1) * self._row), self.is_few)
 
-    def logits(self, products: Tensor, stretch: Stretch, bias: Tensor | None, part: slice) -> Tensor:
+    def take(self, tensors: Sequence[Tensor], backward: bool = False) -> Memory:
+        """What all parts of one direction work in."""
+        kind = "backward" if backward else "forward", self.is_few, *self.call.kind(tensors)
+        return memory.take(kind, tensors[0])
+
+    def numbers(self, name: str, stretches: tuple[Stretch, ...], batch: int, like: Tensor, own: Memory) -> Numbers:
+        """Room for one number of every link and head of a stretch, of ``batch`` items."""
+        links, item = longest(stretches), (batch, self.call.roles[0].heads)
+        return own.once((name, links, item), lambda: Numbers(own.store, like, links, item))
+
+    def logits(self, products: Tensor, stretch: Stretch, bias: Tensor | None, part: slice, out: Tensor) -> None:
         """l [links, B, H] from q_ij k_ij [.., D]; -inf where masked."""
-        found = products.sum(-1).mul_(self.scale)
+        found = torch.sum(products, -1, out=out).mul_(self.scale)
         own = stretch.links
         if bias is not None:
             found.add_(bias.index_select(0, self.call.links.value_class[own]).unsqueeze(1))
@@ -112,7 +123,6 @@ class _Attention:
             found.add_(items(self.added, part)[own])
         if self.dead is not None:
             found.masked_fill_(items(self.dead, part)[own], -torch.inf)
-        return found
 
     def whole(self, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
         """The result in plain autograd."""
@@ -130,14 +140,20 @@ class _Attention:
 class _Part:
     """A part of the batch, gone through once or twice."""
 
-    def __init__(self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice) -> None:
+    def __init__(
+        self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice, own: Memory
+    ) -> None:
         self._attention, self._bias, self._part, self._links = attention, bias, part, attention.call.links
-        call, self._stretches = attention.call, attention.stretches(tensors[0][:, part].shape[1])
+        call, batch = attention.call, tensors[0][:, part].shape[1]
+        self._stretches = attention.stretches(batch)
         forward = few_rows.Forward if attention.is_few else passes.Forward
-        self._visited = forward(call, tensors, part, self._stretches)
+        self._visited = forward(call, tensors, part, self._stretches, own)
+        self._numbers = attention.numbers("weights", self._stretches, batch, tensors[0], own)
 
-    def _logits(self, stretch: Stretch) -> Tensor:
-        return self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part)
+    def _logits(self, stretch: Stretch) -> ByLink:
+        found = self._numbers[stretch]
+        self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part, found.whole)
+        return found
 
     def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> bool:
         """Sum up o_i s_i and s_i, which are 0 yet; whether they can be relied on: with ``highest`` always."""
@@ -145,10 +161,11 @@ class _Part:
         for number, stretch in enumerate(self._stretches):
             weights = self._logits(stretch)
             if highest is not None:
-                weights.sub_(highest.index_select(0, self._links.query_index[stretch.links]))
-            elif number == 0 and _beyond(weights, -torch.inf, FAR_LOGIT):
+                weights.whole.sub_(highest.index_select(0, self._links.query_index[stretch.links]))
+            elif number == 0 and _beyond(weights.whole, -torch.inf, FAR_LOGIT):
                 return False
-            self._visited.add(stretch, weights.exp_())
+            weights.whole.exp_()
+            self._visited.add(stretch, weights)
         self._visited.close()
         return highest is not None or self._is_safe(outs, total)
 
@@ -169,7 +186,7 @@ class _Part:
         index = self._links.query_index
         found = torch.full_like(out, -torch.inf)
         for stretch in self._stretches:
-            logits = self._logits(stretch)
+            logits = self._logits(stretch).whole
             own = index[stretch.links, None, None].expand(logits.shape)
             found.scatter_reduce_(0, own, logits, "amax")
         out.copy_(found.masked_fill_(found == -torch.inf, 0.0))
@@ -189,9 +206,9 @@ def _attend(
     batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
     attention = attention.with_few_rows(tensors)
     outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
-    total, highest = like.new_zeros((queries, batch, heads)), None
+    total, highest, work = like.new_zeros((queries, batch, heads)), None, attention.take(tensors)
     for own_items in attention.parts(batch):
-        part = _Part(attention, bias, tensors, own_items)
+        part = _Part(attention, bias, tensors, own_items, work.part(own_items.stop - own_items.start))
         own, own_total = [out[:, own_items] for out in outs], total[:, own_items]
         if not part.sums(own, own_total, None):
             highest = torch.zeros_like(total) if highest is None else highest
@@ -199,6 +216,7 @@ def _attend(
             for sums in (own_total, *own):
                 sums.zero_()
             part.sums(own, own_total, highest[:, own_items])
+    memory.give_back(work)
     total.masked_fill_(total == 0, 1.0)
     by_head = [torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1)) for out in outs]
     return by_head[0] if len(by_head) == 1 else torch.cat(by_head, -1), total, highest
@@ -230,12 +248,14 @@ class _Softmax(Operation):
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
         attention = attention.with_few_rows(tensors, backward=True).in_large_parts(tensors)
         d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
+        work = attention.take(tensors, backward=True)
         gathered = Gathered(attention.call, tensors, needs[1:])
         for part in attention.parts(out.shape[1], backward=True):
             own_highest = None if highest is None else highest[:, part]
             pull = _Pull(attention, bias, cotangent[:, part], out[:, part], total[:, part], own_highest)
-            pull.back(tensors, gathered, part, d_bias)
+            pull.back(tensors, gathered, part, d_bias, work.part(part.stop - part.start))
             gathered.close()
+        memory.give_back(work)
         return (None, d_bias, *gathered.results())
 
 
@@ -254,29 +274,35 @@ class _Pull:
         self._attention, self._bias, self._links = attention, bias, attention.call.links
         widths = [role.head_dim for role in attention.call.roles[2:]]
         self._cotangents = [own.flatten(2) for own in torch.split(cotangent, widths, -1)]
-        self._highest, self._inverse, self._delta = highest, 1.0 / total, (cotangent * out).sum(-1)
+        self._highest, self._inverse, self._minus_delta = highest, 1.0 / total, (cotangent * out).sum(-1).neg_()
 
-    def back(self, tensors: Sequence[Tensor], gathered: Gathered, part: slice, d_bias: Tensor | None) -> None:
+    def back(
+        self, tensors: Sequence[Tensor], gathered: Gathered, part: slice, d_bias: Tensor | None, own: Memory
+    ) -> None:
         """Stretch by stretch."""
-        call = self._attention.call
-        stretches = self._attention.stretches(self._delta.shape[1], backward=True)
-        backward = few_rows.Backward if self._attention.is_few else passes.Backward
-        back = backward(call, tensors, gathered, part, stretches, self._cotangents)
+        attention, batch = self._attention, self._minus_delta.shape[1]
+        stretches = attention.stretches(batch, backward=True)
+        backward = few_rows.Backward if attention.is_few else passes.Backward
+        back = backward(attention.call, tensors, gathered, part, stretches, self._cotangents, own)
+        rooms = [attention.numbers(name, stretches, batch, tensors[0], own) for name in ("weights", "logits")]
         for stretch in stretches:
-            weights, d_logits = self._weights(back.products(stretch), stretch, part)
+            weights, d_logits = (room[stretch] for room in rooms)
+            self._write(back.products(stretch), stretch, part, weights.whole, d_logits.whole)
             back.values(stretch, weights, d_logits)
-            d_logits.mul_(weights)
+            d_logits.whole.mul_(weights.whole)
             if d_bias is not None:
-                d_bias.index_add_(0, self._links.value_class[stretch.links], d_logits.sum(1))
-            back.push(stretch, d_logits.mul_(self._attention.scale))
+                d_bias.index_add_(0, self._links.value_class[stretch.links], d_logits.whole.sum(1))
+            d_logits.whole.mul_(attention.scale)
+            back.push(stretch, d_logits)
 
-    def _weights(self, products: Tensor, stretch: Stretch, part: slice) -> tuple[Tensor, Tensor]:
-        """a_ij and -<do_i, o_i> [links, B, H], from q_ij k_ij [links, B, H, D]."""
+    def _write(self, products: Tensor, stretch: Stretch, part: slice, weights: Tensor, d_weights: Tensor) -> None:
+        """Write a_ij and -<do_i, o_i> [links, B, H], from q_ij k_ij [links, B, H, D]."""
         query = self._links.query_index[stretch.links]
-        weights = self._attention.logits(products, stretch, self._bias, part)
+        self._attention.logits(products, stretch, self._bias, part, weights)
         if self._highest is not None:
             weights.sub_(self._highest.index_select(0, query))
-        return weights.exp_().mul_(self._inverse.index_select(0, query)), -self._delta.index_select(0, query)
+        weights.exp_().mul_(self._inverse.index_select(0, query))
+        torch.index_select(self._minus_delta, 0, query, out=d_weights)
 
 
 def is_one_pass(form: NormalForm, links: Links, mask: LinkMask | None, roles: Sequence[Encoded]) -> bool:

@@ -1,42 +1,68 @@
 """Rows of tokens visit by visit: read from the bands that are open, or summed into them; and room for one product."""
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
+from translution.backends.torch.memory import Memory, Store
 from translution.backends.torch.visits import Band, Place
+
+
+class _Copies:
+    """Room for the bands of a lane, [rows, features], and what is looked up in it: tensors by number of their object,
+    which the layout keeps alive."""
+
+    def __init__(self, store: Store, like: Tensor, features: int) -> None:
+        self._store, self._like, self._features = store, like.new_empty(0), features
+        self._rows = self._like.new_empty((0, features))
+        self.places: dict[int, Tensor] = {}
+        self.bands: dict[int, list[Tensor]] = {}
+        self.turned = self._like
+
+    def rows(self, length: int) -> Tensor:
+        """So many rows."""
+        if len(self._rows) < length:
+            self.places, self.bands = {}, {}
+            self._rows = self._rows[:0].clone()  # two at a time are one too many
+            self._rows = self._store.empty(self._like, length, self._features)
+        return self._rows[:length]
+
+    def room_to_turn(self, size: int) -> Tensor:
+        """So many numbers."""
+        if len(self.turned) < size:
+            self.turned = self._like
+            self.turned = self._store.empty(self._like, size)
+        return self.turned[:size]
 
 
 class _Lane:
     """The bands that are open: their rows in the tokens themselves, or in a copy."""
 
-    def __init__(self, tokens: Tensor, item: tuple[int, int] | None) -> None:
+    def __init__(self, tokens: Tensor, item: tuple[int, int] | None, copies: _Copies) -> None:
         _, self._batch, self._features = tokens.shape
         self._item, self._tokens = item, tokens.flatten(1)
-        self._rows = self._buffer = tokens.new_empty((0, self._features))
+        self._room, self._rows = copies, copies.rows(0)
         # The bands that are open.
         self.bands: tuple[Band, ...] = ()
         self._is_copy = False
         # Roles and both directions ask for the same rows again: a look costs less than to make the view anew.
         self.place: Place | None = None
         self.view = self._rows
-        self._turned = self._turned_buffer = tokens.new_empty(0)
+        self._turned: Tensor | None = None
 
     def open(self, place: Place) -> None:
         """Make room for the rows of all bands, where they don't lie in the tokens together."""
         self.bands, self.place, self.view = place.bands, None, self._tokens
-        self._turned = self._turned[:0]
+        self._turned = None
         own = place.bands[0].lies_in(self._tokens) if len(place.bands) == 1 else None
         self._is_copy = own is None
         if own is not None:
             self._rows = own.view(-1, self._features)
             return
-        length = place.length * self._batch
-        if len(self._buffer) < length:
-            self._rows = self._buffer = self._buffer[:0].clone()  # two at a time are one too many
-            self._buffer = self._tokens.new_empty((length, self._features))
-        self._rows = self._buffer[:length]
+        self._rows = self._tokens  # not the copy, which may have to make way
+        self._rows = self._room.rows(place.length * self._batch)
 
     def read(self) -> None:
         """Copy the bands, where rows are a copy."""
@@ -57,11 +83,24 @@ class _Lane:
     def _copies(self) -> list[tuple[Band, Tensor]]:
         if not self._is_copy:
             return []
-        parts = torch.split(self._rows, [band.length * self._batch for band in self.bands])
-        return [(b, p.view(b.length, self._tokens.shape[1])) for b, p in zip(self.bands, parts, strict=True)]
+        found = self._room.bands.get(id(self.bands))
+        if found is None:
+            parts = torch.split(self._rows, [band.length * self._batch for band in self.bands])
+            views = [p.view(b.length, self._tokens.shape[1]) for b, p in zip(self.bands, parts, strict=True)]
+            found = self._room.bands[id(self.bands)] = views
+        return list(zip(self.bands, found, strict=True))
 
     def rows(self, place: Place) -> Tensor:
         """The rows of ``place``, whose bands are open."""
+        found = self._room.places.get(id(place)) if self._is_copy else None
+        if found is None:
+            found = self._view(place)
+            if self._is_copy:
+                self._room.places[id(place)] = found
+        self.place, self.view = place, found
+        return found
+
+    def _view(self, place: Place) -> Tensor:
         batch, features, item = self._batch, self._features, self._item
         row, number = batch * features, 2 if place.stride else 1
         start = self._rows.storage_offset() + place.first * row
@@ -71,17 +110,12 @@ class _Lane:
         else:
             sizes = number, place.count, batch, *item
             strides = place.stride * row or 1, row, features, item[1], 1
-        self.place, self.view = place, self._rows.as_strided(sizes, strides, start)
-        return self.view
+        return self._rows.as_strided(sizes, strides, start)
 
     def turned(self, place: Place) -> Tensor:
         """The rows of ``place``, each a column, [displacements, F, P * B]; of all bands they are turned at once."""
-        if not len(self._turned):
-            size = self._rows.numel()
-            if len(self._turned_buffer) < size:
-                self._turned_buffer = self._turned_buffer[:0].clone()
-                self._turned_buffer = self._tokens.new_empty(size)
-            self._turned = self._turned_buffer[:size].view(self._features, len(self._rows))
+        if self._turned is None:
+            self._turned = self._room.room_to_turn(self._rows.numel()).view(self._features, len(self._rows))
             self._turned.copy_(self._rows.mT)
         return self._turned.as_strided(
             (place.displacements, self._features, place.count * self._batch),
@@ -90,14 +124,32 @@ class _Lane:
         )
 
 
-class Reader:
-    """Rows of tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as."""
+def _lanes(tokens: Tensor, item: tuple[int, int] | None, memory: Memory | None, name: Hashable) -> tuple[_Lane, _Lane]:
+    own = Memory() if memory is None else memory
+    _, batch, features = tokens.shape
+    first, second = (
+        own.once((name, lane, batch, features, item), lambda: _Copies(own.store, tokens, features)) for lane in range(2)
+    )
+    return _Lane(tokens, item, first), _Lane(tokens, item, second)
 
-    def __init__(self, tokens: Tensor, item: tuple[int, int] | None = None) -> None:
+
+class Reader:
+    """Rows of tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as.
+
+    Its copies are what ``memory`` has by this ``name``, and belong to one reader at a time.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        item: tuple[int, int] | None = None,
+        memory: Memory | None = None,
+        name: Hashable = None,
+    ) -> None:
         self.shape = tokens.shape
         if tokens.flatten(1).stride(1) != 1:  # one feature that is expanded to all
             tokens = tokens.contiguous()
-        self._lanes = _Lane(tokens, item), _Lane(tokens, item)
+        self._lanes = _lanes(tokens, item, memory, name)
 
     def rows(self, place: Place) -> Tensor:
         """The rows of ``place``, not to be written: [displacements, P * B, F], by item [displacements, P, B, *item]."""
@@ -116,10 +168,16 @@ class Reader:
 
 
 class Adder:
-    """Sums into tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as."""
+    """Sums into tokens [N, B, F], band by band; ``item``, ``memory`` and ``name`` as for :class:`Reader`."""
 
-    def __init__(self, tokens: Tensor, item: tuple[int, int] | None = None) -> None:
-        self._lanes = _Lane(tokens, item), _Lane(tokens, item)
+    def __init__(
+        self,
+        tokens: Tensor,
+        item: tuple[int, int] | None = None,
+        memory: Memory | None = None,
+        name: Hashable = None,
+    ) -> None:
+        self._lanes = _lanes(tokens, item, memory, name)
 
     def rows(self, place: Place) -> Tensor:
         """The sums of ``place``, to add to: [displacements, P * B, F], or by item [displacements, P, B, *item]."""
@@ -141,8 +199,9 @@ class Adder:
 class Scratch:
     """Room for one product at a time: what is allocated anew for every visit costs more than to compute it."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._room = like.new_empty(0)
+    def __init__(self, like: Tensor, store: Store) -> None:
+        self._like = self._room = like.new_empty(0)
+        self._store = store
         self._views: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, *shape: int) -> Tensor:
@@ -152,6 +211,7 @@ class Scratch:
             size = math.prod(shape)
             if len(self._room) < size:
                 self._views.clear()
-                self._room = self._room.new_empty(size)
+                self._room = self._like
+                self._room = self._store.empty(self._like, size)
             found = self._views[shape] = self._room[:size].view(shape)
         return found

@@ -10,6 +10,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
+from translution.backends.torch.memory import Memory
 from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.steps import RoleSteps
 
@@ -91,24 +92,34 @@ class Call:
             for role in roles
         )
 
+    def kind(self, tensors: Sequence[Tensor]) -> tuple[object, ...]:
+        """What tells apart the calls that work in different memory."""
+        roles = ((r.name, r.side, r.heads, r.head_dim, *((t.start, t.width) for t in r.tables)) for r in self.roles)
+        return self.links, *roles, self.numbers, *((t.shape, t.dtype) for t in tensors)
+
     def steps(
-        self, tensors: Sequence[Tensor], gathered: "Gathered | None" = None, part: slice = EVERYTHING
+        self,
+        tensors: Sequence[Tensor],
+        gathered: "Gathered | None" = None,
+        part: slice = EVERYTHING,
+        memory: Memory | None = None,
     ) -> list[RoleSteps]:
         """The roles ready to be encoded visit by visit for a part of the batch, and to gather gradients."""
         mask = None if self.mask is None else self.mask.part(part)
         readers: dict[int, Reader] = {}
-        scratch = Scratch(tensors[0])
+        memory = Memory() if memory is None else memory
+        scratch = memory.once("scratch", lambda: Scratch(tensors[0], memory.store))
         found = []
         for number, role in enumerate(self.with_tensors(tensors)):
             tokens, matrices = self.tokens(number), self.matrices(number)
             for n in tokens:
                 if n not in readers:
-                    readers[n] = Reader(tensors[n][:, part].flatten(2))
-            adders = [None if gathered is None else gathered.adder(n, part) for n in tokens]
+                    readers[n] = Reader(tensors[n][:, part].flatten(2), None, memory, ("tokens", n))
+            adders = [None if gathered is None else gathered.adder(n, part, memory) for n in tokens]
             totals = [None if gathered is None else gathered.totals[n] for n in matrices]
             opens = gathered is None or gathered.opens
             own = [readers[n] for n in tokens]
-            found.append(RoleSteps(role, self.links, mask, own, adders, totals, opens, scratch))
+            found.append(RoleSteps(role, self.links, mask, own, adders, totals, opens, scratch, memory))
         return found
 
 
@@ -130,13 +141,13 @@ class Gathered:
         ]  # fmt: skip
         self._adders: dict[int, Adder] = {}
 
-    def adder(self, number: int, part: slice) -> Adder | None:
+    def adder(self, number: int, part: slice, memory: Memory) -> Adder | None:
         """Where to add the gradient of tokens, until :meth:`close`."""
         total = self.totals[number]
         if total is None:
             return None
         if number not in self._adders:
-            self._adders[number] = Adder(total[:, part].flatten(2))
+            self._adders[number] = Adder(total[:, part].flatten(2), None, memory, ("gradients", number))
         return self._adders[number]
 
     def close(self) -> None:

@@ -15,15 +15,22 @@ from torch import Tensor
 
 from translution.backends.torch.bands import Scratch
 from translution.backends.torch.call import Call, Gathered
+from translution.backends.torch.memory import Memory, Store
 from translution.backends.torch.products import by_onednn, is_for_onednn, outer
-from translution.backends.torch.stretches import Stretch, longest
+from translution.backends.torch.stretches import ByLink, Stretch, longest
 
 
 class _Rows:
-    """What all links of a stretch have, ``whole`` [links, B, features], and the views of it that are asked for."""
+    """What all links of a stretch have, ``whole`` [links, B, features], and the views of it that are asked for.
 
-    def __init__(self, memory: Tensor, stretch: Stretch) -> None:
-        self.whole, self._stretch = memory[: stretch.count], stretch
+    Args:
+        room: enough for it.
+        heads: all of whose features are side by side.
+        stretch: its links.
+    """
+
+    def __init__(self, room: Tensor, heads: int, stretch: Stretch) -> None:
+        self.whole, self._heads, self._stretch = room[: stretch.count], heads, stretch
 
     @cached_property
     def visits(self) -> list[Tensor]:
@@ -37,33 +44,41 @@ class _Rows:
         """For each visit, and each of its displacements, [P, B, features]."""
         return self._stretch.displacement_parts(self.whole)
 
-    def by_head(self, heads: int) -> Tensor:
+    @cached_property
+    def by_head(self) -> Tensor:
         """[links, B, heads, features / heads]."""
-        return torch.unflatten(self.whole, -1, (heads, -1))
+        return torch.unflatten(self.whole, -1, (self._heads, -1))
 
+    @cached_property
     def in_order(self) -> list[Tensor]:
         """All displacements."""
         return [part for parts in self.displacements for part in parts]
 
+    @cached_property
     def mirrored(self) -> list[Tensor]:
         """All displacements, those of a visit from the last to the first."""
         return [part for parts in self.displacements for part in reversed(parts)]
 
 
-class _Rooms(dict[tuple[str, int], Tensor]):
+class _Rooms:
     """Memory of its own for each name and number of features, taken when it is first asked for."""
 
-    def __init__(self, like: Tensor, batch: int, stretches: Sequence[Stretch]) -> None:
-        self._like, self._batch = like, batch
+    def __init__(self, like: Tensor, heads: int, stretches: Sequence[Stretch], store: Store) -> None:
+        self._like, self._batch, self._heads, self._store = like.new_empty(0), like.shape[1], heads, store
         self._longest = longest(stretches)
-
-    def __missing__(self, key: tuple[str, int]) -> Tensor:
-        found = self[key] = self._like.new_empty((self._longest, self._batch, key[1]))
-        return found
+        self._rooms: dict[tuple[str, int], Tensor] = {}
+        self._rows: dict[tuple[str, int, Stretch], _Rows] = {}
 
     def rows(self, name: str, stretch: Stretch, features: int) -> _Rows:
         """Room for what the links of a stretch have."""
-        return _Rows(self[name, features], stretch)
+        found = self._rows.get((name, features, stretch))
+        if found is None:
+            room = self._rooms.get((name, features))
+            if room is None:
+                room = self._store.empty(self._like, self._longest, self._batch, features)
+                self._rooms[name, features] = room
+            found = self._rows[name, features, stretch] = _Rows(room, self._heads, stretch)
+        return found
 
 
 class _Role:
@@ -89,7 +104,7 @@ class _Role:
         rooms: _Rooms,
     ) -> None:
         role, (tokens,), (table,) = call.roles[number], call.tokens(number), call.matrices(number)
-        self.heads, self._name, self._rooms = role.heads, role.name, rooms
+        self._name, self._rooms = role.name, rooms
         self._tokens, self._matrices = tensors[tokens][:, part].flatten(2), tensors[table]
         self._opens = gathered is not None and gathered.opens
         total = None if gathered is None else gathered.totals[tokens]
@@ -141,36 +156,39 @@ def _roles(
     gathered: Gathered | None,
     part: slice,
     stretches: tuple[Stretch, ...],
+    memory: Memory,
 ) -> tuple[_Rooms, list[_Role]]:
     """Room for features and tokens, and the roles query, key and value."""
-    like = tensors[0][:, part]
-    rooms = _Rooms(like, like.shape[1], stretches)
+    like, heads = tensors[0][:, part], call.roles[0].heads
+    rooms = memory.once(("few rows", stretches, like.shape[1]), lambda: _Rooms(like, heads, stretches, memory.store))
     return rooms, [_Role(call, number, tensors, gathered, part, stretches, rooms) for number in range(3)]
 
 
 class Forward:
     """As :class:`translution.backends.torch.passes.Forward`."""
 
-    def __init__(self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...]) -> None:
-        _, (self._query, self._key, self._value) = _roles(call, tensors, None, part, stretches)
+    def __init__(
+        self, call: Call, tensors: Sequence[Tensor], part: slice, stretches: tuple[Stretch, ...], memory: Memory
+    ) -> None:
+        _, (self._query, self._key, self._value) = _roles(call, tensors, None, part, stretches, memory)
 
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
         q = self._query.encoded("q", self._query.copied("rows", stretch), stretch)
         k = self._key.encoded("k", self._key.copied("rows", stretch), stretch)
-        torch.ops.aten._foreach_mul_.List(q.in_order(), k.mirrored())
-        return q.by_head(self._query.heads)
+        torch.ops.aten._foreach_mul_.List(q.in_order, k.mirrored)
+        return q.by_head
 
     def open(self, outs: Sequence[Tensor], total: Tensor) -> None:
         """Say what to add to: o_i s_i [Nq, B, H * D] and s_i [Nq, B, H]."""
         (self._out,), self._total = outs, total
 
-    def add(self, stretch: Stretch, weights: Tensor) -> None:
+    def add(self, stretch: Stretch, weights: ByLink) -> None:
         """Add p_ij [links, B, H], and p_ij v_ij."""
         v, index = self._value.encoded("k", self._value.copied("rows", stretch), stretch), self._query.index(stretch)
-        v.by_head(self._value.heads).mul_(weights.unsqueeze(-1))
+        v.by_head.mul_(weights.factors)
         self._out.index_add_(0, index, v.whole)
-        self._total.index_add_(0, index, weights)
+        self._total.index_add_(0, index, weights.whole)
 
     def close(self) -> None:
         """Nothing is kept back."""
@@ -187,9 +205,11 @@ class Backward:
         part: slice,
         stretches: tuple[Stretch, ...],
         cotangents: Sequence[Tensor],
+        memory: Memory,
     ) -> None:
-        self._rooms, (self._query, self._key, self._value) = _roles(call, tensors, gathered, part, stretches)
-        (self._cotangent,), self._scratch = cotangents, Scratch(tensors[0])
+        self._rooms, (self._query, self._key, self._value) = _roles(call, tensors, gathered, part, stretches, memory)
+        (self._cotangent,) = cotangents
+        self._scratch = memory.once("scratch", lambda: Scratch(tensors[0], memory.store))
 
     def products(self, stretch: Stretch) -> Tensor:
         """q_ij k_ij of all links, [links, B, H, D]."""
@@ -197,29 +217,28 @@ class Backward:
         self._q = self._query.encoded("q", self._q_rows, stretch)
         self._k = self._key.encoded("k", self._k_rows, stretch)
         self._turned_k = self._rooms.rows("turned k", stretch, self._k.whole.shape[2])
-        torch.ops.aten._foreach_copy_.default(self._turned_k.in_order(), self._k.mirrored())
+        torch.ops.aten._foreach_copy_.default(self._turned_k.in_order, self._k.mirrored)
         found = self._rooms.rows("free", stretch, self._q.whole.shape[2])
         torch.mul(self._q.whole, self._turned_k.whole, out=found.whole)
-        return found.by_head(self._query.heads)
+        return found.by_head
 
-    def values(self, stretch: Stretch, weights: Tensor, d_weights: Tensor) -> None:
+    def values(self, stretch: Stretch, weights: ByLink, d_weights: ByLink) -> None:
         """Add <do_i, v_ij> to ``d_weights`` [links, B, H], and gather the gradients a_ij do_i of the values."""
-        heads, rows = self._value.heads, self._value.copied("v rows", stretch)
+        rows = self._value.copied("v rows", stretch)
         v = self._value.encoded("free", rows, stretch)
         cotangent = self._rooms.rows("cotangent", stretch, v.whole.shape[2])
         torch.index_select(self._cotangent, 0, self._query.index(stretch), out=cotangent.whole)
-        d_weights.add_(v.by_head(heads).mul_(cotangent.by_head(heads)).sum(-1))
+        d_weights.whole.add_(v.by_head.mul_(cotangent.by_head).sum(-1))
         if self._value.wanted:
-            cotangent.by_head(heads).mul_(weights.unsqueeze(-1))
+            cotangent.by_head.mul_(weights.factors)
             self._value.push("free", rows, cotangent, stretch, self._scratch)
 
-    def push(self, stretch: Stretch, d_logits: Tensor) -> None:
+    def push(self, stretch: Stretch, d_logits: ByLink) -> None:
         """Gather the gradients dl_ij k_ij of the queries and dl_ij q_ij of the keys, for ``d_logits`` [links, B, H]."""
-        heads, own = self._query.heads, d_logits.unsqueeze(-1)
         if self._query.wanted:
-            self._turned_k.by_head(heads).mul_(own)
+            self._turned_k.by_head.mul_(d_logits.factors)
             self._query.push("free", self._q_rows, self._turned_k, stretch, self._scratch)
         if self._key.wanted:
-            self._q.by_head(heads).mul_(own)
-            torch.ops.aten._foreach_copy_.default(self._k.in_order(), self._q.mirrored())
+            self._q.by_head.mul_(d_logits.factors)
+            torch.ops.aten._foreach_copy_.default(self._k.in_order, self._q.mirrored)
             self._key.push("free", self._k_rows, self._k, stretch, self._scratch)

@@ -1,41 +1,21 @@
 """The links of a layout on one device: what the algorithms look up, made once and kept."""
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, wraps
-from typing import Any, TypeVar
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from translution.backends.torch.memory import kept
 from translution.backends.torch.stretches import Stretch, stretches
 from translution.backends.torch.visits import Visit, visits
 from translution.geometry import Geometry, IntArray, Step, geometry
 from translution.spec import Layout
 
-Result = TypeVar("Result")
 BoolArray = npt.NDArray[np.bool_]
-_own = threading.local()
-
-
-def kept(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Tensors that outlive the call must be usable in every mode, whatever holds where the first call is made.
-
-    Inference mode, the transforms of ``torch.func`` and fake tensors belong to a thread: another one has none of them.
-    """
-
-    @wraps(compute)
-    def computed(*arguments: Any) -> Result:
-        if getattr(_own, "thread", False):
-            return compute(*arguments)
-        with ThreadPoolExecutor(1, initializer=setattr, initargs=(_own, "thread", True)) as another:
-            return another.submit(compute, *arguments).result()
-
-    return computed
 
 
 @dataclass(frozen=True, eq=False)

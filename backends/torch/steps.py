@@ -12,6 +12,7 @@ from torch import Tensor
 from translution.backends.torch.bands import Adder, Reader, Scratch
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
+from translution.backends.torch.memory import Memory, Store
 from translution.backends.torch.products import by_onednn, is_for_onednn, multiply, outer
 from translution.backends.torch.relevance import LinkMask
 from translution.backends.torch.stretches import Stretch
@@ -58,29 +59,30 @@ def _room(own: Tensor, displacements: int) -> Room:
 class Workspace(dict[tuple[int, int], Room]):
     """Room for the features of one visit by its :attr:`Visit.shape`, or of all visits of one stretch.
 
-    Memory is taken when it is first asked for, and every view is made once.
+    It is taken when it is first asked for, and every view is made once.
 
     Args:
+        store: where from.
         like: of the features' dtype and device.
         links: most links of a visit, and of a stretch that is asked for.
         item: what a link has, (B, heads, head_dim).
     """
 
-    def __init__(self, like: Tensor, links: int, item: tuple[int, ...]) -> None:
-        self._like, self._links, self._item = like, links, item
+    def __init__(self, store: Store, like: Tensor, links: int, item: tuple[int, ...]) -> None:
+        self._store, self._like, self._links, self._item = store, like.new_empty(0), links, item
         self._by_stretch: dict[Stretch, list[Room]] = {}
 
     @cached_property
-    def _memory(self) -> Tensor:
-        return self._like.new_empty((self._links, *self._item))
+    def _all(self) -> Tensor:
+        return self._store.empty(self._like, self._links, *self._item)
 
     def __missing__(self, shape: tuple[int, int]) -> Room:
-        found = self[shape] = _room(self._memory[: math.prod(shape)], shape[0])
+        found = self[shape] = _room(self._all[: math.prod(shape)], shape[0])
         return found
 
     def whole(self, stretch: Stretch) -> Tensor:
         """The room of a stretch, [links, B, heads, head_dim]."""
-        return self._memory[: stretch.count]
+        return self._all[: stretch.count]
 
     def rooms(self, stretch: Stretch) -> list[Room]:
         """The room of a stretch, visit by visit."""
@@ -121,6 +123,7 @@ class RoleSteps:
         d_matrices: where the tables' gradients go, None for what is not wanted.
         opens: whether nothing is in ``d_matrices`` yet.
         scratch: shared by the roles of a call.
+        memory: what they work in.
     """
 
     def __init__(
@@ -133,8 +136,9 @@ class RoleSteps:
         d_matrices: Sequence[Tensor | None],
         opens: bool,
         scratch: Scratch,
+        memory: Memory,
     ) -> None:
-        self.encoded, self._scratch = encoded, scratch
+        self.encoded, self._scratch, self._memory = encoded, scratch, memory
         self.wanted = any(a is not None for a in adders) or any(d is not None for d in d_matrices)
         self._links, self._mask, self._opens = links, mask, opens
         with_base = encoded.base is not None
@@ -153,18 +157,25 @@ class RoleSteps:
             {shape for shape in links.shapes if is_for_onednn(shape[1] * self.batch, table.matrices, self._dtype)}
             for table in encoded.tables
         ]
-        self._rooms = self._workspace(links.shapes - self._many[0] if self._is_product else links.shapes)
+        self._rooms = self._workspace("own", links.shapes - self._many[0] if self._is_product else links.shapes)
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._dead = None
         if mask is not None:
             self._dead = ~(mask.rows.unsqueeze(-1) if encoded.heads == 1 else mask.live).unsqueeze(-1)
 
-    def workspace(self, longest: int = 0) -> Workspace:
-        """Room for what :meth:`encode` gives for a visit, or for all visits of a stretch of the ``longest``."""
-        return self._workspace(self._links.shapes, longest)
+    def workspace(self, name: str = "", longest: int = 0) -> Workspace:
+        """Room for what :meth:`encode` gives for a visit, or for all visits of a stretch of the ``longest``.
 
-    def _workspace(self, shapes: Collection[tuple[int, int]], links: int = 0) -> Workspace:
-        role, most = self.encoded, max((math.prod(shape) for shape in shapes), default=0)
-        return Workspace(role.tensors[0], max(most, links), (self.batch, role.heads, role.head_dim))
+        It is the one that was asked for by this ``name`` before.
+        """
+        return self._workspace(name, self._links.shapes, longest)
+
+    def _workspace(self, name: str, shapes: Collection[tuple[int, int]], links: int = 0) -> Workspace:
+        role, most = self.encoded, max((*(math.prod(shape) for shape in shapes), links), default=0)
+        item = self.batch, role.heads, role.head_dim
+        return self._memory.once(
+            (role.name, name, most, item), lambda: Workspace(self._memory.store, role.tensors[0], most, item)
+        )
 
     def rooms(self, stretch: Stretch, workspace: Workspace) -> Sequence[Room | None]:
         """Room for what :meth:`encode` gives for each visit of a stretch; None where it takes memory of its own."""
@@ -179,8 +190,13 @@ class RoleSteps:
 
     def _matrix(self, number: int, visit: Visit) -> Tensor:
         """A table's matrices for a visit, in the accumulation dtype."""
-        own = self.encoded.tables[number].matrices[visit.table_rows(self.encoded.name)]
-        return own if own.dtype == self._dtype else own.to(self._dtype)
+        found = self._views.get((number, visit.start))
+        if found is None:
+            found = self.encoded.tables[number].matrices[visit.table_rows(self.encoded.name)]
+            if found.dtype != self._dtype:
+                return found.to(self._dtype)
+            self._views[number, visit.start] = found
+        return found
 
     def encode(self, visit: Visit, room: Room | None = None) -> Features:
         """The role's result for a visit's links, [displacements, P, B, heads, head_dim]; 0 where masked (clause M4).
