@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch.encoding import Encoded
-from translution.backends.torch.links import Links, kept
+from translution.backends.torch.links import Links
+from translution.backends.torch.memory import kept
 from translution.backends.torch.visits import Visit
 from translution.geometry import IntArray
 from translution.spec import Lattice
