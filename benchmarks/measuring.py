@@ -16,6 +16,7 @@ from families import NAMES, Group, Peak
 from workload import FORWARD, MACHINE, CannotRun, Case, Workload, useful_flops
 
 from translution.algorithms import Request, cost
+from translution.backends.torch.memory import release
 from translution.peak_memory import peak_of
 from translution.plan_file import fingerprint
 from translution.progress import Update, silently
@@ -105,6 +106,7 @@ def measure_family(groups: tuple[Group, ...], rounds: int, threads: int, update:
 def peak_here(peak: Peak) -> int:
     """Bytes of this process at most during a second call, beyond those before it; checked as whatever is timed."""
     call, _ = Workload(peak.case).checked(peak.candidate, peak.which)
+    release()  # what the checked calls have kept counts as well
     return peak_of(call)
 
 

@@ -193,7 +193,7 @@ def test_plots_are_the_same_for_the_same_measurements(invented, tmp_path):
     assert drawn[0].count("forward: 2.00") == 6
 
 
-@pytest.mark.parametrize("machine", ["", "machines/xeon", "machines/zen4"])
+@pytest.mark.parametrize("machine", ["", "machines/xeon", "machines/zen4", "machines/zen3"])
 def test_the_committed_page_and_plots_follow_from_the_committed_measurements(machine, tmp_path):
     from page import DOCS, write_page
 
