@@ -198,7 +198,7 @@ def test_no_more_is_kept_than_allowed(monkeypatch):
         for _ in range(2):
             results(FULL, *given(FULL, 1, batch))
     assert len(memory._thread.memories) == memory.MOST_CALLS
-    rooms = {m.room.data_ptr() for m in memory._thread.memories.values() if m is not None}
+    rooms = {m.room.data_ptr() for m in memory._thread.memories.values() if m.room is not None}
     assert rooms == {memory._thread.room.data_ptr()}
 
 

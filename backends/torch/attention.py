@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch import few_rows, memory, pairwise, passes, plain
+from translution.backends.torch.by_link import ByLink, Numbers
 from translution.backends.torch.call import Call, Gathered, divided
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
@@ -25,7 +26,7 @@ from translution.backends.torch.links import Links
 from translution.backends.torch.memory import Memory
 from translution.backends.torch.products import is_for_onednn, uses_onednn
 from translution.backends.torch.relevance import LinkMask, items, softmax
-from translution.backends.torch.stretches import ByLink, Numbers, Stretch, longest
+from translution.backends.torch.stretches import Stretch, longest
 from translution.normal_form import NormalForm
 
 # The workspaces of a part of the batch, unless one item alone has more. Parts share the reading of the tables less than

@@ -14,8 +14,8 @@ class _Copies:
     """Room for the bands of a lane, [rows, features], and what is looked up in it: tensors by number of their object,
     which the layout keeps alive."""
 
-    def __init__(self, store: Store, like: Tensor, features: int) -> None:
-        self._store, self._like, self._features = store, like.new_empty(0), features
+    def __init__(self, name: Hashable, store: Store, like: Tensor, features: int) -> None:
+        self._name, self._store, self._like, self._features = name, store, like.new_empty(0), features
         self._rows = self._like.new_empty((0, features))
         self.places: dict[int, Tensor] = {}
         self.bands: dict[int, list[Tensor]] = {}
@@ -24,16 +24,17 @@ class _Copies:
     def rows(self, length: int) -> Tensor:
         """So many rows."""
         if len(self._rows) < length:
-            self.places, self.bands = {}, {}
-            self._rows = self._rows[:0].clone()  # two at a time are one too many
-            self._rows = self._store.empty(self._like, length, self._features)
+            before, self.places, self.bands = self._rows.numel(), {}, {}
+            self._rows = self._like  # two at a time are one too many
+            grown = self._store.grown(("rows", self._name), self._like, before, length * self._features)
+            self._rows = grown.view(-1, self._features)
         return self._rows[:length]
 
     def room_to_turn(self, size: int) -> Tensor:
         """So many numbers."""
         if len(self.turned) < size:
-            self.turned = self._like
-            self.turned = self._store.empty(self._like, size)
+            before, self.turned = len(self.turned), self._like
+            self.turned = self._store.grown(("turned", self._name), self._like, before, size)
         return self.turned[:size]
 
 
@@ -128,7 +129,8 @@ def _lanes(tokens: Tensor, item: tuple[int, int] | None, memory: Memory | None, 
     own = Memory() if memory is None else memory
     _, batch, features = tokens.shape
     first, second = (
-        own.once((name, lane, batch, features, item), lambda: _Copies(own.store, tokens, features)) for lane in range(2)
+        own.once(key, lambda key=key: _Copies(key, own.store, tokens, features))
+        for key in ((name, lane, batch, features, item) for lane in range(2))
     )
     return _Lane(tokens, item, first), _Lane(tokens, item, second)
 
@@ -211,7 +213,7 @@ class Scratch:
             size = math.prod(shape)
             if len(self._room) < size:
                 self._views.clear()
-                self._room = self._like
-                self._room = self._store.empty(self._like, size)
+                before, self._room = len(self._room), self._like
+                self._room = self._store.grown("scratch", self._like, before, size)
             found = self._views[shape] = self._room[:size].view(shape)
         return found

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from translution.algorithms import ITEM_BYTES, Cost, Request
+from translution.backends.torch.memory import Memory
 from translution.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _INSIDE: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda cotangent, *_: cotangent.nbytes
 }
+# What a view takes beside the numbers that it shows (measured).
+VIEW_BYTES = 600
 # Operations that read and write nothing.
 _IDLE = frozenset(
     getattr(torch.ops.aten, name)
@@ -45,6 +48,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.traffic = self.peak = self._held = 0
         # What is held when the backward begins; None before.
         self.saved: int | None = None
+        self._kept: Memory | None = None
         self._alive = {t.untyped_storage()._cdata: 0 for t in given}
 
     def __torch_dispatch__(
@@ -70,6 +74,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if inside is not None:
             self.peak = max(self.peak, self._held + inside(*args))
         return out
+
+    def keep(self, memory: Memory | None) -> None:
+        """What an operation worked in stays when it has ended, until the next one takes its place; its views stay."""
+        self._kept = memory
+        if memory is not None:
+            self._held += VIEW_BYTES * memory.views()
+            self.peak = max(self.peak, self._held)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

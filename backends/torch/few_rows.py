@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch.bands import Scratch
+from translution.backends.torch.by_link import ByLink
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.memory import Memory, Store
 from translution.backends.torch.products import by_onednn, is_for_onednn, outer
-from translution.backends.torch.stretches import ByLink, Stretch, longest
+from translution.backends.torch.stretches import Stretch, longest
 
 
 class _Rows:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch.bands import Adder, Reader
+from translution.backends.torch.by_link import ByLink
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.memory import Memory
 from translution.backends.torch.steps import Features, RoleSteps, crossed, multiplied, reversed_product
-from translution.backends.torch.stretches import ByLink, Stretch, longest
+from translution.backends.torch.stretches import Stretch, longest
 
 
 class Forward:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 
@@ -20,46 +19,72 @@ from translution.backends.torch.visits import Place, Visit
 
 # A product of as many rows keeps all cores busy on its own.
 MANY_ROWS = 512
+# In a visit of as few a view counts for something beside the rest, and is kept.
+FEW_BYTES = 256 << 10
 
 
-@dataclass(frozen=True, slots=True)
 class Features:
     """What every link of a visit has: ``whole`` [displacements, P, B, heads, head_dim], None where the ``parts``, one
     for each displacement, don't lie together."""
 
-    whole: Tensor | None
-    parts: Sequence[Tensor]
+    def __init__(self, whole: Tensor | None, parts: Sequence[Tensor]) -> None:
+        self._whole, self._parts = whole, parts
 
     @classmethod
     def of(cls, whole: Tensor) -> "Features":
         """The same tensor both ways."""
-        return cls(whole, whole.unbind(0))
+        return Features(whole, whole.unbind(0))
+
+    @property
+    def whole(self) -> Tensor | None:
+        """All parts in one tensor, or None."""
+        return self._whole
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """For each displacement [P, B, heads, head_dim]."""
+        return self._parts
 
     def stacked(self) -> Tensor:
         """All parts together."""
         return torch.stack(list(self.parts)) if self.whole is None else self.whole
 
 
-@dataclass(frozen=True, slots=True)
 class Room(Features):
-    """Memory for the features of a visit: ``whole`` and, with links and items in one axis, ``flat``."""
+    """Memory for the features of a visit, ``own`` [displacements * P, B, heads, head_dim].
 
-    whole: Tensor
-    flat: Tensor
+    Other views of it are made once where ``keeps``, else when they are asked for.
+    """
 
+    def __init__(self, own: Tensor, displacements: int, keeps: bool) -> None:
+        self._own = own.view(displacements, len(own) // displacements, *own.shape[1:])
+        super().__init__(None, self._own.unbind(0) if keeps else ())
+        self._flat = self._flattened() if keeps else None
 
-def _room(own: Tensor, displacements: int) -> Room:
-    """Room for a visit in ``own`` [displacements * P, B, heads, head_dim]."""
-    links, batch, heads, width = own.shape
-    count = links // displacements
-    whole = own.view(displacements, count, batch, heads, width)
-    return Room(whole, whole.unbind(0), whole.view(displacements, count * batch, heads * width))
+    def _flattened(self) -> Tensor:
+        displacements, count, batch, heads, width = self._own.shape
+        return self._own.view(displacements, count * batch, heads * width)
+
+    @property
+    def whole(self) -> Tensor:
+        """[displacements, P, B, heads, head_dim]."""
+        return self._own
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """For each displacement [P, B, heads, head_dim]."""
+        return self._parts or self._own.unbind(0)
+
+    @property
+    def flat(self) -> Tensor:
+        """With links and items in one axis, [displacements, P * B, heads * head_dim]."""
+        return self._flattened() if self._flat is None else self._flat
 
 
 class Workspace(dict[tuple[int, int], Room]):
     """Room for the features of one visit by its :attr:`Visit.shape`, or of all visits of one stretch.
 
-    It is taken when it is first asked for, and every view is made once.
+    It is taken when it is first asked for.
 
     Args:
         store: where from.
@@ -77,7 +102,7 @@ class Workspace(dict[tuple[int, int], Room]):
         return self._store.empty(self._like, self._links, *self._item)
 
     def __missing__(self, shape: tuple[int, int]) -> Room:
-        found = self[shape] = _room(self._all[: math.prod(shape)], shape[0])
+        found = self[shape] = Room(self._all[: math.prod(shape)], shape[0], True)
         return found
 
     def whole(self, stretch: Stretch) -> Tensor:
@@ -89,7 +114,8 @@ class Workspace(dict[tuple[int, int], Room]):
         found = self._by_stretch.get(stretch)
         if found is None:
             parts = zip(stretch.split(self.whole(stretch)), stretch.visits, strict=True)
-            found = self._by_stretch[stretch] = [_room(own, visit.shape[0]) for own, visit in parts]
+            rooms = [Room(own, visit.shape[0], own.nbytes <= FEW_BYTES) for own, visit in parts]
+            found = self._by_stretch[stretch] = rooms
         return found
 
 
