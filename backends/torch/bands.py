@@ -125,14 +125,15 @@ class _Lane:
         )
 
 
+def _lane(tokens: Tensor, item: tuple[int, int] | None, memory: Memory, name: Hashable) -> _Lane:
+    _, batch, features = tokens.shape
+    key = name, batch, features, item
+    return _Lane(tokens, item, memory.once(key, lambda: _Copies(key, memory.store, tokens, features)))
+
+
 def _lanes(tokens: Tensor, item: tuple[int, int] | None, memory: Memory | None, name: Hashable) -> tuple[_Lane, _Lane]:
     own = Memory() if memory is None else memory
-    _, batch, features = tokens.shape
-    first, second = (
-        own.once(key, lambda key=key: _Copies(key, own.store, tokens, features))
-        for key in ((name, lane, batch, features, item) for lane in range(2))
-    )
-    return _Lane(tokens, item, first), _Lane(tokens, item, second)
+    return _lane(tokens, item, own, (name, 0)), _lane(tokens, item, own, (name, 1))
 
 
 class Reader:
