@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import translution
 from translution.algorithms import Request
-from translution.backends.torch import attention, few_rows, memory, passes
+from translution.backends.torch import attention, dry_run, few_rows, memory, passes
 from translution.backends.torch.backend import backend
 from translution.execution import predict
 from translution.spec import Operator, Shared, presets
@@ -211,3 +211,36 @@ def test_tensors_that_are_no_plain_ones_work_in_memory_of_their_own():
         with FlopCounterMode(display=False):
             results(FULL, x, params)
     assert not memory._thread.memories
+
+
+def test_what_grows_has_its_place_at_once():
+    """A second call knows how large the rooms of the first became: outgrown ones would stay in the block."""
+    operator = presets.shaw_attention((20,), 8, 2, max_distance=3)
+    own = given(operator, 1)
+    expected = alone(operator, *own)
+    results(operator, *own)
+    most = memory._thread.most
+    for _ in range(3):
+        assert_same(results(operator, *own), expected)
+    assert memory._thread.most == most
+    assert all(kind.fits for kind in memory._thread.memories.values())
+
+
+def test_what_is_kept_counts_where_memory_is_predicted(monkeypatch):
+    """Views for their own size, in forward and backward; the block as long as nothing takes its place."""
+    request = Request(presets.translution((7, 7), 24, 3, registers=1), 4, gradient=True)
+    counted = []
+    keep = dry_run.Counter.keep
+
+    def count(self, own):
+        counted.append(None if own is None else own.views())
+        keep(self, own)
+
+    monkeypatch.setattr(dry_run.Counter, "keep", count)
+    expected = predict(backend, request, "stream").working_bytes
+    before, forward, between, backward = counted
+    assert before is between is None
+    assert 100 < forward < backward
+    monkeypatch.setattr(dry_run, "VIEW_BYTES", 0)
+    views = (expected - predict(backend, request, "stream").working_bytes) / 600
+    assert forward < views <= forward + backward
