@@ -211,7 +211,7 @@ def test_no_more_is_kept_than_allowed(monkeypatch):
 
 
 def test_tensors_that_are_no_plain_ones_work_in_memory_of_their_own():
-    """Meta tensors, those in a dispatch mode, and those that torch.compile traces."""
+    """Meta tensors and those in a dispatch mode."""
     x, params = given(FULL, 1)
     request = Request(FULL, 3, gradient=True)
     for _ in range(3):

@@ -136,10 +136,10 @@ def _lanes(tokens: Tensor, item: tuple[int, int] | None, memory: Memory | None, 
     return _lane(tokens, item, own, (name, 0)), _lane(tokens, item, own, (name, 1))
 
 
-class Reader:
+class _Bands:
     """Rows of tokens [N, B, F], band by band. An ``item`` (heads, width) says what F is to be seen as.
 
-    Its copies are what ``memory`` has by this ``name``, and belong to one reader at a time.
+    Copies are what ``memory`` has by this ``name``, and belong to one reader or adder at a time.
     """
 
     def __init__(
@@ -150,19 +150,36 @@ class Reader:
         name: Hashable = None,
     ) -> None:
         self.shape = tokens.shape
-        if tokens.flatten(1).stride(1) != 1:  # one feature that is expanded to all
-            tokens = tokens.contiguous()
-        self._lanes = _lanes(tokens, item, memory, name)
+        self._lanes = _lanes(self._laid_out(tokens), item, memory, name)
+
+    def _laid_out(self, tokens: Tensor) -> Tensor:
+        """The tokens, where lanes can step through them."""
+        return tokens
+
+    def _open(self, lane: _Lane, place: Place) -> None:
+        """Turn to the bands of ``place``."""
+        raise NotImplementedError
 
     def rows(self, place: Place) -> Tensor:
-        """The rows of ``place``, not to be written: [displacements, P * B, F], by item [displacements, P, B, *item]."""
+        """The rows of ``place``: [displacements, P * B, F], or by item [displacements, P, B, *item]."""
         lane = self._lanes[place.lane]
         if place is lane.place:
             return lane.view
         if place.bands is not lane.bands:
-            lane.open(place)
-            lane.read()
+            self._open(lane, place)
         return lane.rows(place)
+
+
+class Reader(_Bands):
+    """Reads rows, which are not to be written."""
+
+    def _laid_out(self, tokens: Tensor) -> Tensor:
+        one_for_all = tokens.flatten(1).stride(1) != 1  # a feature that is expanded
+        return tokens.contiguous() if one_for_all else tokens
+
+    def _open(self, lane: _Lane, place: Place) -> None:
+        lane.open(place)
+        lane.read()
 
     def turned(self, place: Place) -> Tensor:
         """What :meth:`rows` gives without an item, as columns [displacements, F, P * B]."""
@@ -170,28 +187,13 @@ class Reader:
         return self._lanes[place.lane].turned(place)
 
 
-class Adder:
-    """Sums into tokens [N, B, F], band by band; ``item``, ``memory`` and ``name`` as for :class:`Reader`."""
+class Adder(_Bands):
+    """Sums, to be added to, which reach the tokens when other bands are opened, and at the end by :meth:`close`."""
 
-    def __init__(
-        self,
-        tokens: Tensor,
-        item: tuple[int, int] | None = None,
-        memory: Memory | None = None,
-        name: Hashable = None,
-    ) -> None:
-        self._lanes = _lanes(tokens, item, memory, name)
-
-    def rows(self, place: Place) -> Tensor:
-        """The sums of ``place``, to add to: [displacements, P * B, F], or by item [displacements, P, B, *item]."""
-        lane = self._lanes[place.lane]
-        if place is lane.place:
-            return lane.view
-        if place.bands is not lane.bands:
-            lane.close()
-            lane.open(place)
-            lane.clear()
-        return lane.rows(place)
+    def _open(self, lane: _Lane, place: Place) -> None:
+        lane.close()
+        lane.open(place)
+        lane.clear()
 
     def close(self) -> None:
         """Let the tokens have all sums."""
