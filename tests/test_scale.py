@@ -182,7 +182,7 @@ def test_what_is_kept_for_the_backward_is_what_the_forward_leaves():
     x = torch.empty((8, 17, 24), device="meta", requires_grad=True)
     with Counter([x, *params.values()]) as counter:
         out, _ = backend.forward(request, "stream", params, Inputs(x, x, None, (8,)))
-        kept = counter._held
+        kept = counter.left
     del out
     found = predict(backend, request, "stream")
     assert found.saved_bytes == kept > 4 * x.numel()

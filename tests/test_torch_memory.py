@@ -13,6 +13,7 @@ from translution.algorithms import Request
 from translution.backends.torch import attention, dry_run, few_rows, memory, passes
 from translution.backends.torch.backend import backend
 from translution.execution import predict
+from translution.inputs import Inputs
 from translution.spec import Operator, Shared, presets
 
 FULL = presets.translution((3, 4), 8, 2, registers=1)
@@ -241,7 +242,7 @@ def test_what_is_kept_counts_where_memory_is_predicted(monkeypatch):
     keep = dry_run.Counter.keep
 
     def count(self, own):
-        counted.append(None if own is None else own.views())
+        counted.append(None if own is None else len(own.views()))
         keep(self, own)
 
     monkeypatch.setattr(dry_run.Counter, "keep", count)
@@ -252,3 +253,15 @@ def test_what_is_kept_counts_where_memory_is_predicted(monkeypatch):
     monkeypatch.setattr(dry_run, "VIEW_BYTES", 0)
     views = (expected - predict(backend, request, "stream").working_bytes) / 600
     assert forward < views <= forward + backward
+
+
+def test_views_of_a_kind_of_call_count_once():
+    request = Request(FULL, 3)
+    params = {name: torch.empty(shape, device="meta") for name, shape in FULL.parameters.items()}
+    x = torch.empty((3, FULL.layout.num_queries, FULL.dim), device="meta")
+    held = []
+    with dry_run.Counter([x, *params.values()]) as counter:
+        for _ in range(3):
+            backend.forward(request, "stream", params, Inputs(x, x, None, (3,)))
+            held.append(counter._held)
+    assert held[0] == held[1] == held[2] > 0

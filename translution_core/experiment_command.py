@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -225,7 +226,7 @@ class _Experiment:
             raise wrong_use("--device cuda: torch sees no GPU here")
         self._processes = processes(self._device)
         part = self._processes.__enter__()
-        self.is_first = part.rank == 0
+        self.is_first, self._is_shared = part.rank == 0, part.size > 1
         alone = self._device == "cpu" and part.size == 1
         if self._jobs is not None and not alone:
             self._processes.__exit__(None, None, None)
@@ -251,6 +252,10 @@ class _Experiment:
         if isinstance(error, KeyboardInterrupt):
             typer.echo(f"Interrupted. Give the same command again to go on from {self._output}.", err=True)
             raise typer.Exit(130)
+        if self._is_shared and error is None:
+            # The caches of sharded parameters refer to the group, whose threads would abort an interpreter that ends.
+            sys.stdout.flush()
+            os._exit(0)
 
     def run(self, experiment: Callable[[Update], dict[str, Any]]) -> dict[str, Any]:
         """Whatever is missing, with progress bars of the first process."""

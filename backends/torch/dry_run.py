@@ -7,7 +7,7 @@ a native kernel takes inside one operation is not seen, except where a table her
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,10 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.traffic = self.peak = self._held = 0
-        # What is held when the backward begins; None before.
+        # What is held when the backward begins, without what a thread keeps; None before.
         self.saved: int | None = None
         self._kept: Memory | None = None
+        self._views: dict[Hashable, int] = {}
         self._alive = {t.untyped_storage()._cdata: 0 for t in given}
 
     def __torch_dispatch__(
@@ -56,7 +57,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         own = dict(kwargs or {})
         if self.saved is None and torch._C._current_graph_task_id() >= 0:
-            self.saved = self._held
+            self.saved = self.left
         out = func(*args, **own)
         # What works in place has as many operations as what does not.
         formula = flop_registry.get(getattr(torch.ops.aten, func._overloadpacket.__name__.removesuffix("_"), None))
@@ -75,11 +76,21 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = max(self.peak, self._held + inside(*args))
         return out
 
+    @property
+    def left(self) -> int:
+        """Bytes that the operations so far leave to others; what a thread keeps is for itself."""
+        kept = [] if self._kept is None else self._kept.views()
+        own = {view.untyped_storage()._cdata for view in kept}
+        return self._held - sum(self._views.values()) - sum(self._alive[key] for key in own)
+
     def keep(self, memory: Memory | None) -> None:
-        """What an operation worked in stays when it has ended, until the next one takes its place; its views stay."""
+        """What an operation worked in stays when it has ended, until the next one takes its place; the views of every
+        kind of operation stay."""
         self._kept = memory
         if memory is not None:
-            self._held += VIEW_BYTES * memory.views()
+            views = VIEW_BYTES * len(memory.views())
+            self._held += views - self._views.get(memory.key, 0)
+            self._views[memory.key] = views
             self.peak = max(self.peak, self._held)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:

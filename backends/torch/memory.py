@@ -5,7 +5,7 @@ To look up a range of rows takes as long as to call an operation on it, and a vi
 
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, TypeVar
@@ -114,9 +114,9 @@ class Memory:
             found.store = Store(self.room, self._sizes.setdefault(size, {}))
         return found
 
-    def views(self) -> int:
-        """How many tensors are held for later, which take memory of their own."""
-        return _tensors([self._made, *(part._made for part in self._parts.values())])
+    def views(self) -> list[Tensor]:
+        """What is held for later; each takes memory of its own beside the numbers that it shows."""
+        return list(_tensors([self._made, *(part._made for part in self._parts.values())]))
 
     def once(self, key: Hashable, make: Callable[[], Result]) -> Result:
         """What ``make`` makes, and for this key has made before."""
@@ -126,17 +126,19 @@ class Memory:
         return found
 
 
-def _tensors(value: object) -> int:
-    """Tensors in dictionaries, sequences and the fields of objects of this package that no layout has."""
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Those in dictionaries, sequences and the fields of objects of this package that no layout has."""
     if isinstance(value, Tensor):
-        return 1
+        yield value
+        return
     own: list[object] = list(value) if isinstance(value, list | tuple) else []
     if isinstance(value, dict):
         own += value.values()
     if type(value).__module__.startswith("translution.backends.torch") and not isinstance(value, Stretch):
         slots = [name for one in type(value).__mro__ for name in getattr(one, "__slots__", ())]
         own += [*getattr(value, "__dict__", {}).values(), *(getattr(value, name) for name in slots)]
-    return sum(map(_tensors, own))
+    for one in own:
+        yield from _tensors(one)
 
 
 class _Thread(threading.local):
@@ -171,6 +173,7 @@ def take(key: Hashable, like: Tensor) -> Memory:
     """
     if (keep := _counter()) is not None:
         keep(None)
+        return Memory(key)
     is_plain = type(like) is Tensor and like.device.type == "cpu" and not torch.compiler.is_compiling()
     if not is_plain or _get_current_dispatch_mode() is not None:
         return Memory()
@@ -192,6 +195,7 @@ def give_back(memory: Memory) -> None:
         return
     if (keep := _counter()) is not None:
         keep(memory)
+        return
     if memory.key is None:
         return
     _thread.most = max(_thread.most, memory.taken)

@@ -51,7 +51,9 @@ class Part:
 def processes(device: str) -> Iterator[Part]:
     """This process' part among those that torchrun started; the only one where it was not torchrun.
 
-    Once in the life of a process: gloo does not find its peers a second time.
+    Once in the life of a process: gloo does not find its peers a second time. Where something still refers to the group
+    afterwards, a model or the caches of sharded parameters, gloo's threads may abort an interpreter that ends in the
+    usual way (``terminate called without an active exception``); ``os._exit`` is what ends such a program.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or distributed.is_initialized():

@@ -106,3 +106,5 @@ def main(folder: str, steps: str, parallel: str, *kill: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # as processes says
