@@ -92,7 +92,17 @@ def test_calls_don_t_see_each_other():
     assert kept_bytes() > 0
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("names", [*itertools.combinations(["full", "causal", "low rank"], 2)], ids=" and ".join)
+def test_calls_of_another_kind_leave_no_trace(names):
+    """Both work in one room: what one of them might expect to find there, the other has overwritten."""
+    inputs = [(OPERATORS[name], *given(OPERATORS[name], 1)) for name in names]
+    expected = [alone(*own) for own in inputs]
+    for _ in range(4):
+        for own, other in zip(inputs, expected, strict=True):
+            assert_same(results(*own), other)
+    assert len(memory._thread.memories) == 4
+
+
 def test_parts_of_the_batch_share_the_room(monkeypatch):
     """Also where the last is smaller than the others."""
     monkeypatch.setattr(attention._Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6), slice(6, 7)])

@@ -204,9 +204,9 @@ class Adder(_Bands):
 class Scratch:
     """Room for one product at a time: what is allocated anew for every visit costs more than to compute it."""
 
-    def __init__(self, like: Tensor, store: Store) -> None:
+    def __init__(self, like: Tensor, store: Store, name: str = "scratch") -> None:
         self._like = self._room = like.new_empty(0)
-        self._store = store
+        self._store, self._name = store, name
         self._views: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, *shape: int) -> Tensor:
@@ -217,6 +217,6 @@ class Scratch:
             if len(self._room) < size:
                 self._views.clear()
                 before, self._room = len(self._room), self._like
-                self._room = self._store.grown("scratch", self._like, before, size)
+                self._room = self._store.grown(self._name, self._like, before, size)
             found = self._views[shape] = self._room[:size].view(shape)
         return found

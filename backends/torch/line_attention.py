@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from translution.backends.torch import plain
+from translution.backends.torch import memory, plain
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
@@ -33,9 +33,11 @@ def _attend(plan: LinePlan, tensors: Sequence[Tensor], kept: list[Tensor] | None
     _, _, value, *rest = tensors
     width = value.shape[3] + (plan.call.roles[-1].head_dim if plan.has_values else 0)
     out = value.new_empty((*value.shape[:3], width))
-    turned, batch = plan.turned(rest), value.shape[1]
+    work, batch = plan.take(tensors, kept is not None), value.shape[1]
+    turned = plan.turned(rest, work)
     for part in plan.parts(batch, kept is not None):
-        LinePart(plan, tensors, turned, part, kept).attend(out[:, part])
+        LinePart(plan, tensors, turned, part, kept, work.part(part.stop - part.start)).attend(out[:, part])
+    memory.give_back(work)
     return out
 
 
@@ -64,14 +66,16 @@ class _Softmax(Operation):
         outside, rest = tensors[:3], tensors[3:]
         gathered = Gathered(plan.call, rest, needs[3:])
         d_outside = [torch.empty_like(t) for t in outside]
-        turned = plan.turned(rest)
+        work = plan.take([*outside, *rest], bool(kept), backward=True)
+        turned = plan.turned(rest, work)
         d_turned = [
-            None if t is None or gathered.totals[plan.call.matrices(n)[0]] is None else torch.zeros_like(t)
-            for n, t in enumerate(turned)
+            None if t is None or gathered.totals[plan.call.matrices(n)[0]] is None else t.zero_()
+            for n, t in enumerate(plan.tables("d turned", rest, work))
         ]
         weights = iter(kept) if kept else None
         for own in plan.parts(out.shape[1], bool(kept)):
-            part = LinePart(plan, tensors, turned, own, kept or None, gathered, d_turned)
+            room = work.part(own.stop - own.start)
+            part = LinePart(plan, tensors, turned, own, kept or None, room, gathered, d_turned)
             pull = LinePull(part, cotangent[:, own], out[:, own])
             pull.back(weights)
             gathered.close()
@@ -88,6 +92,7 @@ class _Softmax(Operation):
                 assert table is not None
                 natural = d_table if plan.call.roles[number].name == "key" else d_table.flip(1)
                 table[: plan.lines.classes] = natural.transpose(0, 1)
+        memory.give_back(work)
         return (None, *d_outside, *gathered.results())
 
 

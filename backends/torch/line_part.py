@@ -15,15 +15,14 @@ from torch import Tensor
 
 from translution.backends.torch.bands import Adder
 from translution.backends.torch.call import Gathered
+from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.line_plan import LinePlan
-from translution.backends.torch.lines import LineRole, Lines, Slab, box, product
+from translution.backends.torch.line_role import LineRole, RoleRoom, Skewed
+from translution.backends.torch.line_room import LineRoom, Weights
+from translution.backends.torch.lines import Lines, Slab, by_line
+from translution.backends.torch.memory import Memory
 from translution.backends.torch.steps import RoleSteps, crossed
 from translution.backends.torch.visits import Visit
-
-
-def by_head(tokens: Tensor) -> Tensor:
-    """[N, b, H, D] as [H * b, N, D]."""
-    return tokens.permute(2, 1, 0, 3).flatten(0, 1).contiguous()
 
 
 def with_turned_columns(tokens: Tensor, lines: Lines) -> Tensor:
@@ -39,7 +38,7 @@ class LinePart:
 
     Columns of queries are turned everywhere, those of keys nowhere. ``turned`` and ``d_turned`` are the roles' tables
     and their gradients as :class:`LineRole` has them, ``gathered`` has all other gradients. :meth:`attend` appends its
-    weights to ``kept``, unless that is None.
+    weights to ``kept``, unless that is None. All work in ``memory``.
     """
 
     def __init__(
@@ -49,25 +48,46 @@ class LinePart:
         turned: Sequence[Tensor | None],
         part: slice,
         kept: list[Tensor] | None,
+        memory: Memory,
         gathered: Gathered | None = None,
         d_turned: Sequence[Tensor | None] = (),
     ) -> None:
         query, key, value, *rest = tensors
-        self.plan, self.lines = plan, plan.lines
-        self.query = with_turned_columns(by_head(query[:, part]), self.lines)
-        self.key, self.value = by_head(key[:, part]), by_head(value[:, part])
-        self.batch = tensors[0][:, part].shape[1]
+        self.plan, self.lines, self.memory, self._like = plan, plan.lines, memory, query
+        self.batch = query[:, part].shape[1]
         self.columns = plan.columns(self.batch, kept is not None)
+        self.room = memory.once("lines", lambda: LineRoom(memory.store, plan, query, self.batch, self.columns))
+        self.query = self.by_head("query", query[:, part], turned=True)
+        self.key, self.value = self.by_head("key", key[:, part]), self.by_head("value", value[:, part])
+        self.skewed = memory.once("skewed", lambda: Skewed(memory.store, query))
         self._kept = kept
-        roles = plan.call.with_tensors(rest)
-        d_turned = d_turned or [None] * len(roles)
-        self.roles = [LineRole(r, self.lines, t, d, part) for r, t, d in zip(roles, turned, d_turned, strict=True)]
-        self.steps: list[RoleSteps] = plan.call.steps(rest, gathered, part) if self.lines.border else []
-        like, widest = tensors[0], max(c.stop - c.start for c in self.columns)
-        width = max(role.heads * role.head_dim for role in roles)
-        size = self.lines.width * widest * width * self.lines.rows * self.batch
-        self.rooms = [like.new_empty(size) for _ in range(3)]
-        self._like = like
+        d_turned = d_turned or [None] * len(turned)
+        roles = zip(plan.call.with_tensors(rest), turned, d_turned, strict=True)
+        self.roles = [self._role(role, table, d_table, part) for role, table, d_table in roles]
+        self.steps: list[RoleSteps] = plan.call.steps(rest, gathered, part, memory) if self.lines.border else []
+
+    def _role(self, role: Encoded, table: Tensor | None, d_table: Tensor | None, part: slice) -> LineRole:
+        given = role.tables[0].z if role.base is None else role.base.flatten(2)
+        tokens, memory = by_line(given[:, part], self.lines), self.memory
+        room = memory.once(("line", role.name), lambda: RoleRoom(memory.store, tokens, self.skewed))
+        return LineRole(role, self.lines, table, d_table, tokens, room)
+
+    def by_head(self, name: str, tokens: Tensor, turned: bool = False) -> Tensor:
+        """Tokens [N, b, H, D] as [H * b, N, D], in memory of this ``name``; with the columns of all lines turned."""
+        count, batch, heads, width = tokens.shape
+        found, registers = self.room.tensor(name, heads * batch, count, width), self.lines.registers
+        own, given = found.view(heads, batch, count, width), tokens.permute(2, 1, 0, 3)
+        if turned:
+            own[..., :registers, :] = given[..., :registers, :]
+            lines = self._grid(given[..., registers:, :]).flip(-2)
+            self._grid(own[..., registers:, :]).copy_(lines)
+        else:
+            own.copy_(given)
+        return found
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        """Tokens [.., n, D] without registers as [.., O, W, D]."""
+        return torch.unflatten(tokens, -2, (self.lines.rows, self.lines.width))
 
     def _empty(self, *shape: int) -> Tensor:
         return self._like.new_empty(shape)
@@ -126,34 +146,23 @@ class LinePart:
             index = index.view(lines.rows, lines.width, -1)[:, columns].flatten()
         by_link.index_copy_(0, index, weights[..., : lines.registers].permute(2, 3, 4, 1, 0).flatten(0, 2))
 
-    def pairs(self, weights: Tensor, slab: Slab) -> Tensor:
-        """A slab's pairs in weights [H, b, O, columns, N], as [H, b, columns, W, *size] to be read or written."""
-        lines, keys = self.lines, weights.shape[-1]
-        heads, batch, row, column, _ = weights.stride()
-        offset = weights.storage_offset() + lines.registers
-        strides: list[int] = []
-        step = 1
-        for query, key, size in reversed(list(zip(slab.query, slab.key, lines.outer, strict=True))):
-            offset += query * step * row + key * step * lines.width
-            strides.insert(0, step * (row + lines.width))
-            step *= size
-        shape = (*weights.shape[:2], weights.shape[3], lines.width, *slab.size)
-        assert keys == lines.registers + lines.rows * lines.width
-        return weights.as_strided(shape, (heads, batch, column, 1, *strides), offset)
+    def read(self, weights: Weights, slab: Slab) -> Tensor:
+        """A slab's pairs as [columns, W, H, 1, n], until other weights are read."""
+        pairs, factors = weights.pairs(slab, self.lines), self.room.factors
+        factors(*pairs.shape).copy_(pairs)
+        return factors(*pairs.shape[:3], 1, math.prod(pairs.shape[3:]))
 
-    def read(self, weights: Tensor, slab: Slab) -> Tensor:
-        """A slab's pairs as [columns, W, H, 1, n]."""
-        own = self.pairs(weights, slab).movedim((0, 1), (2, -1)).contiguous()
-        return own.view(*own.shape[:3], 1, math.prod(own.shape[3:]))
-
-    def write(self, products: Tensor, weights: Tensor, slab: Slab, add: bool) -> None:
-        """Put or add [columns, W, H, n] to a slab's pairs."""
-        own = products.view(*products.shape[:3], *slab.size, self.batch).movedim((2, -1), (0, 1))
-        pairs = self.pairs(weights, slab)
+    def write(self, first: Tensor, second: Tensor, weights: Weights, slab: Slab, add: bool) -> None:
+        """Put or add the inner products of features [columns | 1, W | 1, H, D, n] to a slab's pairs."""
+        pairs, room = weights.pairs(slab, self.lines), self.room
+        shape = pairs.shape[:3]
+        product = torch.mul(first, second, out=room.product(*shape, *first.shape[3:]))
+        torch.sum(product, 3, out=room.small(*shape, first.shape[4]))
+        found = room.small(*pairs.shape)
         if add:
-            pairs.add_(own)
+            pairs.add_(found)
         else:
-            pairs.copy_(own)
+            pairs.copy_(found)
 
     def queries(self, by_head: Tensor, columns: slice) -> Tensor:
         """What queries have [H * b, N, D] for some columns, [H * b, O * columns, D]."""
@@ -167,32 +176,39 @@ class LinePart:
         logits = self._empty(self.plan.heads, self.batch, registers, tokens)
         if self.plan.has_logits:
             logits.copy_(self.of_registers(self._border))
-        return self._softmax(logits, self.query[:, :registers])
+        self._add_plain(logits.flatten(0, 1), self.query[:, :registers])
+        return logits.softmax(-1)
 
-    def weights(self, columns: slice) -> Tensor:
-        """Softmax of the logits of some columns, [H, b, O, columns, N]."""
+    def weights(self, columns: slice) -> Weights:
+        """Softmax of the logits of some columns."""
         lines = self.lines
-        logits = self._empty(
-            self.plan.heads, self.batch, lines.rows, columns.stop - columns.start, lines.links.geometry.num_keys
-        )
+        logits = self.numbers("logits", columns)
         if self.plan.has_logits:
             if lines.border:
-                logits[..., : lines.registers] = self.of_columns(self._border, columns)
+                logits.whole[..., : lines.registers] = self.of_columns(self._border, columns)
             for slab, query, key in self.encoded(columns):
-                self.write(product(query, key, self.rooms[2]).sum(3), logits, slab, False)
-        return self._softmax(logits, self.queries(self.query, columns))
+                self.write(query, key, logits, slab, False)
+        self._add_plain(logits.rows, self.queries(self.query, columns))
+        if self._kept is not None:
+            return Weights(logits.whole.softmax(-1))
+        weights = self.numbers("weights", columns)
+        torch.softmax(logits.whole, -1, out=weights.whole)
+        return weights
+
+    def numbers(self, name: str, columns: slice) -> Weights:
+        """Room for numbers of some columns' pairs, which other columns use as well."""
+        return self.room.weights(name, columns, self.lines.links.geometry.num_keys)
 
     def encoded(self, columns: slice) -> Iterator[tuple[Slab, Tensor, Tensor]]:
         """Relative features of queries and keys, slab by slab."""
         query, key = self.roles[:2]
         for slab in self.lines.slabs:
-            yield slab, query.encode(slab, columns, self.rooms[0]), key.encode(slab, columns, self.rooms[1])
+            yield slab, query.encode(slab, columns, self.room.first), key.encode(slab, columns, self.room.second)
 
-    def _softmax(self, logits: Tensor, query: Tensor) -> Tensor:
-        """Of scale (logits + <q_i, k_j>); where no feature of the logits is relative, ``logits`` is memory alone."""
-        scale, flat = self.plan.scale, logits.flatten(2, -2).flatten(0, 1)
-        flat.baddbmm_(query, self.key.mT, beta=scale if self.plan.has_logits else 0, alpha=scale)
-        return logits.softmax(-1)
+    def _add_plain(self, logits: Tensor, query: Tensor) -> None:
+        """scale (logits + <q_i, k_j>); where no feature of the logits is relative, ``logits`` is memory alone."""
+        scale = self.plan.scale
+        logits.baddbmm_(query, self.key.mT, beta=scale if self.plan.has_logits else 0, alpha=scale)
 
     def attend(self, out: Tensor) -> None:
         """The result [N, b, H, D], the relative features last."""
@@ -201,17 +217,19 @@ class LinePart:
         relative = self._relative() if self.plan.has_values else None
         if lines.registers:
             weights = self._keep(self.weights_of_registers())
-            self._put(weights, out[: lines.registers, ..., :plain].unsqueeze(1))
+            found = self._weighted(weights.flatten(0, 1), weights.shape[:3])
+            out[: lines.registers, ..., :plain] = found.permute(2, 1, 0, 3)
             self.keep_registers(weights, by_link)
-        turned = self._empty(lines.rows, lines.width, *out.shape[1:3], plain)
+        grid = torch.unflatten(out[lines.registers :, ..., :plain], 0, (lines.rows, lines.width))
         for columns in self.columns:
-            weights = self._keep(self.weights(columns))
-            self._put(weights, turned[:, columns])
+            own = self.weights(columns)
+            self._keep(own.whole)
+            turned = grid[:, lines.width - columns.stop : lines.width - columns.start]
+            turned.copy_(self._weighted(own.rows, own.whole.shape[:4]).flip(3).permute(2, 3, 1, 0, 4))
             if lines.border:
-                self.keep_columns(weights, columns, by_link)
+                self.keep_columns(own.whole, columns, by_link)
             if relative is not None:
-                self._add_values(weights, columns, relative)
-        out[lines.registers :, ..., :plain] = turned.flip(1).flatten(0, 1)
+                self._add_values(own, columns)
         if relative is not None:
             self._finish_values(relative, by_link, out[..., plain:])
 
@@ -220,28 +238,31 @@ class LinePart:
             self._kept.append(weights)
         return weights
 
-    def _put(self, weights: Tensor, out: Tensor) -> None:
-        """Ordinary attention's result, to out [rows, columns, b, H, D]."""
-        found = weights.flatten(2, -2).flatten(0, 1) @ self.value
-        out.copy_(found.view(*weights.shape[:2], *out.shape[:2], out.shape[4]).permute(2, 3, 1, 0, 4))
+    def _weighted(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Ordinary attention's result [*shape, D], for weights [H * b, queries, N]."""
+        return (rows @ self.value).view(*shape, self.value.shape[2])
 
     def _relative(self) -> Tensor:
         lines, role = self.lines, self.plan.call.roles[-1]
-        return self._like.new_zeros((lines.width, self.plan.heads * role.head_dim, *lines.outer, self.batch))
+        shape = lines.width, self.plan.heads * role.head_dim, *lines.outer, self.batch
+        return self.room.tensor("relative", *shape).zero_()
 
-    def _add_values(self, weights: Tensor, columns: slice, relative: Tensor) -> None:
-        value = self.roles[-1]
+    def _add_values(self, weights: Weights, columns: slice) -> None:
+        value, room = self.roles[-1], self.room
         for slab in self.lines.slabs:
-            features = value.encode(slab, columns, self.rooms[0])
-            found = product(features, self.read(weights, slab), self.rooms[2])
-            total = box(relative[columns], slab.query, slab)
-            total.add_(found.sum(1).view(total.shape))
+            features = value.encode(slab, columns, room.first)
+            factors = self.read(weights, slab)
+            product = room.product(*factors.shape[:3], *features.shape[3:])
+            torch.mul(features, factors, out=product)
+            found = room.small(product.shape[0], *product.shape[2:])
+            total = room.box("relative", slab, columns)
+            total.add_(torch.sum(product, 1, out=found).view(total.shape))
 
     def _finish_values(self, relative: Tensor, by_link: Tensor, out: Tensor) -> None:
         lines = self.lines
         total = self._like.new_zeros((len(out), self.batch, relative.shape[1]))
         total[lines.registers :] = relative.flip(0).movedim((0, 1), (-3, -1)).flatten(0, -3)
-        adder = Adder(total, (self.plan.heads, self.plan.call.roles[-1].head_dim))
+        adder = Adder(total, (self.plan.heads, self.plan.call.roles[-1].head_dim), self.memory, "out")
         for visit, own in self.border():
             weights = torch.unflatten(by_link[own], 0, visit.shape).unsqueeze(-1)
             self.steps[-1].add_weighted(visit, weights, adder.rows(visit.query))

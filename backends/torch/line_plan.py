@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from translution.backends.torch import pairwise, plain
+from translution.backends.torch import memory, pairwise, plain
 from translution.backends.torch.call import Call, divided
 from translution.backends.torch.lines import Lines
+from translution.backends.torch.memory import Memory
 from translution.backends.torch.relevance import softmax
 
 # The workspaces of a part of the batch, unless one column of one item has more.
@@ -70,16 +71,30 @@ class LinePlan:
         pairs, others = (batch * size for size in self._bytes(kept))
         return divided(self.lines.width, pairs // self.lines.width, max(WORKSPACE_BYTES - others, 1))
 
-    def turned(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def take(self, tensors: Sequence[Tensor], kept: bool, backward: bool = False) -> Memory:
+        """What all parts of one direction work in; the weights are ``kept`` for the backward, or computed again."""
+        outside = tuple(t.shape for t in tensors[:3])
+        kind = "lines", "backward" if backward else "forward", kept, *outside, *self.call.kind(tensors[3:])
+        return memory.take(kind, tensors[0])
+
+    def turned(self, tensors: Sequence[Tensor], own: Memory) -> list[Tensor | None]:
         """The roles' matrices as :class:`LineRole` has them."""
-        found: list[Tensor | None] = []
-        for role in self.call.with_tensors(tensors):
-            matrices = None
-            if role.tables:
-                own = role.tables[0].matrices[: self.lines.classes].to(role.tables[0].z.dtype)
-                matrices = (own if role.name == "key" else own.flip(0)).transpose(0, 1).contiguous()
-            found.append(matrices)
+        found = self.tables("turned", tensors, own)
+        for role, table in zip(self.call.with_tensors(tensors), found, strict=True):
+            if table is not None:
+                matrices = role.tables[0].matrices[: self.lines.classes]
+                table.copy_((matrices if role.name == "key" else matrices.flip(0)).transpose(0, 1))
         return found
+
+    def tables(self, name: str, tensors: Sequence[Tensor], own: Memory) -> list[Tensor | None]:
+        """Room of this ``name`` for every role's matrices [R, classes, E], None for a role without."""
+
+        def empty(number: int) -> Tensor:
+            z, matrices = tensors[self.call.tokens(number)[0]], tensors[self.call.matrices(number)[0]]
+            return own.store.empty(z, matrices.shape[1], self.lines.classes, matrices.shape[2])
+
+        numbers = range(len(self.call.roles))
+        return own.once(name, lambda: [empty(n) if self.call.roles[n].tables else None for n in numbers])
 
     def whole(self, tensors: Sequence[Tensor]) -> Tensor:
         """The result in plain autograd."""

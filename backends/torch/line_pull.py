@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch.bands import Reader
-from translution.backends.torch.line_part import LinePart, by_head, with_turned_columns
-from translution.backends.torch.lines import box, by_line, product
+from translution.backends.torch.line_part import LinePart, with_turned_columns
+from translution.backends.torch.line_room import Weights
+from translution.backends.torch.lines import by_line
 from translution.backends.torch.steps import crossed, multiplied, reversed_product
 from translution.backends.torch.visits import Visit
 
@@ -31,12 +32,17 @@ class LinePull:
         self._delta_of_registers = delta[..., :registers, :]
         self._delta_of_grid = torch.unflatten(delta[..., registers:, :], -2, sizes)
         self._relative = cotangent[..., plain:].flatten(2)
-        self._cotangent = with_turned_columns(by_head(cotangent[..., :plain]), self._lines)
-        self.d_query, self.d_key, self.d_value = (torch.zeros_like(t) for t in (part.query, part.key, part.value))
+        self._cotangent = part.by_head("cotangent", cotangent[..., :plain], turned=True)
+        self.d_query, self.d_key, self.d_value = (
+            part.room.tensor(f"d {name}", *own.shape).zero_()
+            for name, own in (("query", part.query), ("key", part.key), ("value", part.value))
+        )
         self._d_grid = torch.unflatten(self.d_query[:, registers:], 1, sizes)
         if self._plan.has_values:
-            self._turned = by_line(self._relative, self._lines).flip(0)
-            self._reader = Reader(self._relative, (self._plan.heads, self._plan.call.roles[-1].head_dim))
+            turned = by_line(self._relative, self._lines).flip(0)
+            part.room.tensor("turned cotangent", *turned.shape).copy_(turned)
+            item = self._plan.heads, self._plan.call.roles[-1].head_dim
+            self._reader = Reader(self._relative, item, part.memory, "cotangent")
             if self._lines.border:
                 value = part.steps[-1]
                 rooms = value.workspace()
@@ -48,69 +54,73 @@ class LinePull:
         """The registers, and all columns; the weights of each from ``kept``, or computed again."""
         part, lines = self._part, self._lines
         weights_by_link, logits_by_link = part.border_room(), part.border_room()
+        part.skewed.clear()
         for role in part.roles:
             role.collect()
         if lines.registers:
-            index = slice(0, lines.registers)
-            weights = part.weights_of_registers() if kept is None else next(kept)
-            cotangent = self._cotangent[:, index]
-            d_weights = self._d_weights(weights, cotangent)
-            if self._plan.has_values:
-                d_weights.add_(part.of_registers(self._border))
-            d_logits = self._d_logits(weights, d_weights, self._delta_of_registers)
-            self.d_query[:, index] = self._push(weights, d_logits, part.query[:, index], cotangent)
-            part.keep_registers(weights, weights_by_link)
-            part.keep_registers(d_logits, logits_by_link)
+            own = part.weights_of_registers() if kept is None else next(kept)
+            self._back_registers(own, weights_by_link, logits_by_link)
         for columns in part.columns:
-            weights = part.weights(columns) if kept is None else next(kept)
+            weights = part.weights(columns) if kept is None else Weights(next(kept))
             cotangent = part.queries(self._cotangent, columns)
-            d_weights = self._d_weights(weights, cotangent)
+            d_logits = part.numbers("logits", columns)  # whose place the weights' gradient takes
+            torch.bmm(cotangent, part.value.mT, out=d_logits.rows)
             if self._plan.has_values:
-                self._back_values(weights, d_weights, columns)
-            d_logits = self._d_logits(weights, d_weights, self._delta_of_grid[..., columns, :])
-            d_query = self._push(weights, d_logits, part.queries(part.query, columns), cotangent)
+                self._back_values(weights, d_logits, columns)
+            self._to_logits(d_logits.whole, weights.whole, self._delta_of_grid[..., columns, :])
+            d_query = self._push(weights.rows, d_logits.rows, part.queries(part.query, columns), cotangent)
             self._d_grid[:, :, columns].copy_(torch.unflatten(d_query, 1, (lines.rows, -1)))
             if self._plan.has_logits:
+                (first, second), room = part.roles[:2], part.room
                 for slab, q, k in part.encoded(columns):
                     d_products = part.read(d_logits, slab)
-                    part.roles[0].push(slab, columns, d_products, k, part.rooms[2])
-                    part.roles[1].push(slab, columns, d_products, q, part.rooms[2])
+                    first.push(slab, columns, d_products, k, room.product, room.small)
+                    second.push(slab, columns, d_products, q, room.product, room.small)
             if lines.border:
-                part.keep_columns(weights, columns, weights_by_link)
-                part.keep_columns(d_logits, columns, logits_by_link)
+                part.keep_columns(weights.whole, columns, weights_by_link)
+                part.keep_columns(d_logits.whole, columns, logits_by_link)
         self._back_border(weights_by_link, logits_by_link)
         self.d_query = with_turned_columns(self.d_query, lines)
+
+    def _back_registers(self, weights: Tensor, weights_by_link: Tensor, logits_by_link: Tensor) -> None:
+        """Weights [H, b, G, N]."""
+        part, own = self._part, slice(0, self._lines.registers)
+        cotangent = self._cotangent[:, own]
+        d_logits = (cotangent @ part.value.mT).view(weights.shape)
+        if self._plan.has_values:
+            d_logits.add_(part.of_registers(self._border))
+        self._to_logits(d_logits, weights, self._delta_of_registers)
+        rows = weights.flatten(0, 1), d_logits.flatten(0, 1)
+        self.d_query[:, own] = self._push(*rows, part.query[:, own], cotangent)
+        part.keep_registers(weights, weights_by_link)
+        part.keep_registers(d_logits, logits_by_link)
 
     def _rows(self, visit: Visit) -> Tensor:
         """The result's gradient at the queries of a visit."""
         return self._reader.rows(visit.query)
 
-    def _d_weights(self, weights: Tensor, cotangent: Tensor) -> Tensor:
-        """<do_i, v_j> in the features that are not relative."""
-        return (cotangent @ self._part.value.mT).view(weights.shape)
-
-    def _d_logits(self, weights: Tensor, d_weights: Tensor, delta: Tensor) -> Tensor:
-        return d_weights.sub_(delta).mul_(weights).mul_(self._plan.scale)
+    def _to_logits(self, d_weights: Tensor, weights: Tensor, delta: Tensor) -> None:
+        """From <do_i, v_ij> to dl_ij."""
+        d_weights.sub_(delta).mul_(weights).mul_(self._plan.scale)
 
     def _push(self, weights: Tensor, d_logits: Tensor, query: Tensor, cotangent: Tensor) -> Tensor:
         """Gather the gradients of keys and values in the features that are not relative; that of the queries."""
-        own = d_logits.flatten(2, -2).flatten(0, 1)
-        self.d_value.baddbmm_(weights.flatten(2, -2).flatten(0, 1).mT, cotangent)
-        self.d_key.baddbmm_(own.mT, query)
-        return own @ self._part.key
+        self.d_value.baddbmm_(weights.mT, cotangent)
+        self.d_key.baddbmm_(d_logits.mT, query)
+        return d_logits @ self._part.key
 
-    def _back_values(self, weights: Tensor, d_weights: Tensor, columns: slice) -> None:
+    def _back_values(self, weights: Weights, d_weights: Weights, columns: slice) -> None:
         """Add <do_i, v_ij> to ``d_weights``, and gather the values' gradients."""
-        part, value = self._part, self._part.roles[-1]
+        part, value, room = self._part, self._part.roles[-1], self._part.room
         if self._lines.border:
-            d_weights[..., : self._lines.registers] += part.of_columns(self._border, columns)
+            d_weights.whole[..., : self._lines.registers] += part.of_columns(self._border, columns)
         width = self._plan.call.roles[-1].head_dim
         for slab in self._lines.slabs:
-            features = value.encode(slab, columns, part.rooms[0])
-            cotangent = box(self._turned[columns], slab.query, slab).flatten(2)
+            features = value.encode(slab, columns, room.first)
+            cotangent = room.box("turned cotangent", slab, columns).flatten(2)
             own = torch.unflatten(cotangent, 1, (1, self._plan.heads, width))
-            part.write(product(features, own, part.rooms[2]).sum(3), d_weights, slab, True)
-            value.push(slab, columns, part.read(weights, slab), own, part.rooms[2])
+            part.write(features, own, d_weights, slab, True)
+            value.push(slab, columns, part.read(weights, slab), own, room.product, room.small)
 
     def _back_border(self, weights: Tensor, d_logits: Tensor) -> None:
         steps = self._part.steps

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.memory import kept
 from translution.backends.torch.visits import Visit
@@ -107,9 +106,8 @@ def lines_of(links: Links) -> Lines | None:
 
 
 def by_line(tokens: Tensor, lines: Lines) -> Tensor:
-    """Tokens [N, b, F] without registers as [W, F, *outer, b], in memory of its own."""
-    grid = torch.unflatten(tokens[lines.registers :], 0, (*lines.outer, lines.width))
-    return grid.movedim((-3, -1), (0, 1)).contiguous()
+    """Tokens [N, b, F] without registers as [W, F, *outer, b]."""
+    return torch.unflatten(tokens[lines.registers :], 0, (*lines.outer, lines.width)).movedim((-3, -1), (0, 1))
 
 
 def box(tokens: Tensor, start: Sequence[int], slab: Slab) -> Tensor:
@@ -117,92 +115,3 @@ def box(tokens: Tensor, start: Sequence[int], slab: Slab) -> Tensor:
     for axis, (first, size) in enumerate(zip(start, slab.size, strict=True)):
         tokens = tokens.narrow(2 + axis, first, size)
     return tokens
-
-
-def product(first: Tensor, second: Tensor, room: Tensor) -> Tensor:
-    """The product of two tensors of five axes, broadcast, in ``room``."""
-    shape = [max(*pair) if min(*pair) else 0 for pair in zip(first.shape, second.shape, strict=True)]
-    return torch.mul(first, second, out=room[: math.prod(shape)].view(shape))
-
-
-class LineRole:
-    """One role's relative features for some items of the batch, and the gradients that it gathers.
-
-    Tokens are by line, a query's columns turned: u = W - 1 - c. Matrices [R, classes, E] are turned as well: those of
-    queries and values begin with the last class, whose row in a key's table is the first.
-    """
-
-    def __init__(
-        self, role: Encoded, lines: Lines, matrices: Tensor | None, d_matrices: Tensor | None, part: slice
-    ) -> None:
-        self._role, self._lines, self._matrices, self._d_matrices = role, lines, matrices, d_matrices
-        self.is_query = role.side == "query"
-        own = role.tables[0].z if role.base is None else role.base.flatten(2)
-        self._tokens = self._turned(by_line(own[:, part], lines))
-        # Every slab is gone through up to three times.
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-
-    def _turned(self, tokens: Tensor) -> Tensor:
-        return tokens.flip(0) if self.is_query else tokens
-
-    def collect(self) -> None:
-        """Begin to gather gradients."""
-        self._d_tokens = torch.zeros_like(self._tokens)
-
-    def d_tokens(self) -> Tensor:
-        """What has been gathered for tokens without registers, [n, b, F]."""
-        return self._turned(self._d_tokens).movedim((0, 1), (-3, -1)).flatten(0, -3)
-
-    def _own(self, slab: Slab, tokens: Tensor, columns: slice) -> Tensor:
-        """The columns and positions that have a part in a slab, [columns, F, *size, b]."""
-        if self.is_query:
-            return box(tokens[columns], slab.query, slab)
-        return box(tokens, slab.key, slab)
-
-    def _blocks(self, slab: Slab, table: Tensor, columns: slice) -> Tensor:
-        """For each of the own columns the matrices of all others, side by side, [own, R, others * E]."""
-        own, others = columns.stop - columns.start, self._lines.width
-        if not self.is_query:
-            own, others = others, own
-        inner, classes, features = table.shape
-        offset = table.storage_offset() + (slab.row + columns.start) * features
-        return table.as_strided((own, inner, others * features), (features, classes * features, 1), offset)
-
-    def _given(self, slab: Slab, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Tokens [columns, F, n], and the matrices of :meth:`_blocks` where there are any."""
-        key = slab.row, columns.start
-        if key not in self._views:
-            blocks = None if self._matrices is None else self._blocks(slab, self._matrices, columns)
-            self._views[key] = self._own(slab, self._tokens, columns).flatten(2), blocks
-        return self._views[key]
-
-    def encode(self, slab: Slab, columns: slice, room: Tensor) -> Tensor:
-        """Features of a slab's pairs [columns | 1, W | 1, heads, width, n]; 1 where they are the same for all."""
-        heads, width = self._role.heads, self._role.head_dim
-        own, blocks = self._given(slab, columns)
-        if blocks is None:
-            found = own.view(own.shape[0], 1, heads, width, own.shape[2])
-        else:
-            rows = blocks.mT
-            out = room[: rows.shape[0] * rows.shape[1] * own.shape[2]].view(*rows.shape[:2], own.shape[2])
-            others = rows.shape[1] // (heads * width)
-            found = torch.bmm(rows, own, out=out).view(rows.shape[0], others, heads, width, own.shape[2])
-        return found if self.is_query else found.transpose(0, 1)
-
-    def push(self, slab: Slab, columns: slice, first: Tensor, second: Tensor, room: Tensor) -> None:
-        """Take in the gradient ``first`` times ``second`` of what :meth:`encode` gave."""
-        if not self.is_query:
-            first, second = first.transpose(0, 1), second.transpose(0, 1)
-        gradient = product(first, second, room)
-        own, blocks = self._given(slab, columns)
-        total = self._own(slab, self._d_tokens, columns)
-        if blocks is None:
-            total.add_(gradient.sum(1).view(total.shape))
-            return
-        rows = gradient.view(own.shape[0], blocks.shape[2], own.shape[2])
-        total.add_(torch.bmm(blocks, rows).view(total.shape))
-        if self._d_matrices is not None:
-            found = torch.bmm(own, rows.mT)
-            totals = self._blocks(slab, self._d_matrices, columns)  # they overlap
-            for d_blocks, matrices in zip(totals.unbind(0), found.unbind(0), strict=True):
-                d_blocks.add_(matrices)

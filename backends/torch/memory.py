@@ -59,6 +59,10 @@ class Store:
             return like.new_empty(shape)
         return self.room[start : start + size].view(like.dtype).view(shape)
 
+    def rest(self) -> Tensor | None:
+        """The room that is not taken yet."""
+        return None if self.room is None else self.room[self._taken :]
+
     def grown(self, name: Hashable, like: Tensor, before: int, size: int) -> Tensor:
         """At least ``size`` numbers in place of ``before``, which were let go: as many as this ``name`` ever had."""
         if self.room is None:
@@ -92,7 +96,7 @@ class Memory:
     @property
     def taken(self) -> int:
         """Bytes at most at a time."""
-        return max(self.store.most, self._most, *(part.taken for part in self._parts.values()), 0)
+        return self.store.most + max(self._most, *(part.taken for part in self._parts.values()), 0)
 
     @property
     def fits(self) -> bool:
@@ -104,14 +108,17 @@ class Memory:
         return Memory(self.key, room, self._sizes)
 
     def part(self, size: int) -> "Memory":
-        """What parts of the batch of this size work in, one after another: in the same room as any other."""
+        """What parts of the batch of this size work in, one after another: in the same room as any other.
+
+        It comes after what all parts have together, which is to be taken before.
+        """
         found = self._parts.get(size)
         if found is None:
             if self.room is None:  # what the parts before had is freed
-                self._most = self.taken
+                self._most = self.taken - self.store.most
                 self._parts.clear()
             found = self._parts[size] = Memory()
-            found.store = Store(self.room, self._sizes.setdefault(size, {}))
+            found.store = Store(self.store.rest(), self._sizes.setdefault(size, {}))
         return found
 
     def views(self) -> list[Tensor]:
