@@ -22,6 +22,7 @@ OPERATORS = {
     "causal": presets.translution((6,), 8, 2, causal=True),
     "window": presets.translution((4, 5), 8, 2, kernel_size=(3, 3)),
     "low rank": presets.alpha_translution((3, 3), 8, 2, rank=2),
+    "low rank, three axes": presets.alpha_translution((2, 3, 2), 8, 2, rank=2, registers=1),
     "plain values": Operator(FULL.layout, 8, 2, FULL.query, FULL.key, Shared(8), FULL.relevance),
 }
 
@@ -90,6 +91,16 @@ def test_calls_don_t_see_each_other():
         for own in own_results:
             assert_same(own, other)
     assert kept_bytes() > 0
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_other_numbers_give_other_results(name):
+    """What is kept are places, not what was in them."""
+    inputs = [(OPERATORS[name], *given(OPERATORS[name], seed)) for seed in range(3)]
+    expected = [alone(*own) for own in inputs]
+    for _ in range(2):
+        for own, other in zip(inputs, expected, strict=True):
+            assert_same(results(*own), other)
 
 
 @pytest.mark.parametrize("names", [*itertools.combinations(["full", "causal", "low rank"], 2)], ids=" and ".join)
