@@ -93,6 +93,7 @@ def test_calls_don_t_see_each_other():
     assert kept_bytes() > 0
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_other_numbers_give_other_results(name):
     """What is kept are places, not what was in them."""
@@ -114,6 +115,7 @@ def test_calls_of_another_kind_leave_no_trace(names):
     assert len(memory._thread.memories) == 4
 
 
+@pytest.mark.usefixtures("way")
 def test_parts_of_the_batch_share_the_room(monkeypatch):
     """Also where the last is smaller than the others."""
     monkeypatch.setattr(attention._Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6), slice(6, 7)])

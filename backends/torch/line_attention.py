@@ -74,8 +74,8 @@ class _Softmax(Operation):
         ]
         weights = iter(kept) if kept else None
         for own in plan.parts(out.shape[1], bool(kept)):
-            room = work.part(own.stop - own.start)
-            part = LinePart(plan, tensors, turned, own, kept or None, room, gathered, d_turned)
+            memory_of_part = work.part(own.stop - own.start)
+            part = LinePart(plan, tensors, turned, own, kept or None, memory_of_part, gathered, d_turned)
             pull = LinePull(part, cotangent[:, own], out[:, own])
             pull.back(weights)
             gathered.close()

@@ -25,11 +25,15 @@ from translution.backends.torch.steps import RoleSteps, crossed
 from translution.backends.torch.visits import Visit
 
 
+def grid(tokens: Tensor, lines: Lines) -> Tensor:
+    """Tokens [.., N, D] without registers as [.., O, W, D]."""
+    return torch.unflatten(tokens[..., lines.registers :, :], -2, (lines.rows, lines.width))
+
+
 def with_turned_columns(tokens: Tensor, lines: Lines) -> Tensor:
     """Tokens [.., N, D] with the columns of all lines turned; or turned back."""
-    registers, grid = tokens[..., : lines.registers, :], tokens[..., lines.registers :, :]
-    turned = torch.unflatten(grid, -2, (lines.rows, lines.width)).flip(-2).flatten(-3, -2)
-    return torch.cat((registers, turned), -2) if lines.registers else turned
+    turned = grid(tokens, lines).flip(-2).flatten(-3, -2)
+    return torch.cat((tokens[..., : lines.registers, :], turned), -2) if lines.registers else turned
 
 
 class LinePart:
@@ -79,15 +83,10 @@ class LinePart:
         own, given = found.view(heads, batch, count, width), tokens.permute(2, 1, 0, 3)
         if turned:
             own[..., :registers, :] = given[..., :registers, :]
-            lines = self._grid(given[..., registers:, :]).flip(-2)
-            self._grid(own[..., registers:, :]).copy_(lines)
+            grid(own, self.lines).copy_(grid(given, self.lines).flip(-2))
         else:
             own.copy_(given)
         return found
-
-    def _grid(self, tokens: Tensor) -> Tensor:
-        """Tokens [.., n, D] without registers as [.., O, W, D]."""
-        return torch.unflatten(tokens, -2, (self.lines.rows, self.lines.width))
 
     def _empty(self, *shape: int) -> Tensor:
         return self._like.new_empty(shape)
@@ -166,9 +165,7 @@ class LinePart:
 
     def queries(self, by_head: Tensor, columns: slice) -> Tensor:
         """What queries have [H * b, N, D] for some columns, [H * b, O * columns, D]."""
-        lines = self.lines
-        own = torch.unflatten(by_head[:, lines.registers :], 1, (lines.rows, lines.width))
-        return own[:, :, columns].flatten(1, 2)
+        return grid(by_head, self.lines)[:, :, columns].flatten(1, 2)
 
     def weights_of_registers(self) -> Tensor:
         """Softmax of the logits of registers, [H, b, G, N]."""
@@ -182,7 +179,7 @@ class LinePart:
     def weights(self, columns: slice) -> Weights:
         """Softmax of the logits of some columns."""
         lines = self.lines
-        logits = self.numbers("logits", columns)
+        logits = self.room.weights("logits", columns)
         if self.plan.has_logits:
             if lines.border:
                 logits.whole[..., : lines.registers] = self.of_columns(self._border, columns)
@@ -191,13 +188,9 @@ class LinePart:
         self._add_plain(logits.rows, self.queries(self.query, columns))
         if self._kept is not None:
             return Weights(logits.whole.softmax(-1))
-        weights = self.numbers("weights", columns)
+        weights = self.room.weights("weights", columns)
         torch.softmax(logits.whole, -1, out=weights.whole)
         return weights
-
-    def numbers(self, name: str, columns: slice) -> Weights:
-        """Room for numbers of some columns' pairs, which other columns use as well."""
-        return self.room.weights(name, columns, self.lines.links.geometry.num_keys)
 
     def encoded(self, columns: slice) -> Iterator[tuple[Slab, Tensor, Tensor]]:
         """Relative features of queries and keys, slab by slab."""
@@ -220,11 +213,11 @@ class LinePart:
             found = self._weighted(weights.flatten(0, 1), weights.shape[:3])
             out[: lines.registers, ..., :plain] = found.permute(2, 1, 0, 3)
             self.keep_registers(weights, by_link)
-        grid = torch.unflatten(out[lines.registers :, ..., :plain], 0, (lines.rows, lines.width))
+        natural = torch.unflatten(out[lines.registers :, ..., :plain], 0, (lines.rows, lines.width))
         for columns in self.columns:
             own = self.weights(columns)
             self._keep(own.whole)
-            turned = grid[:, lines.width - columns.stop : lines.width - columns.start]
+            turned = natural[:, lines.width - columns.stop : lines.width - columns.start]
             turned.copy_(self._weighted(own.rows, own.whole.shape[:4]).flip(3).permute(2, 3, 1, 0, 4))
             if lines.border:
                 self.keep_columns(own.whole, columns, by_link)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from translution.backends.torch.bands import Reader
-from translution.backends.torch.line_part import LinePart, with_turned_columns
+from translution.backends.torch.line_part import LinePart, grid, with_turned_columns
 from translution.backends.torch.line_room import Weights
 from translution.backends.torch.lines import by_line
 from translution.backends.torch.steps import crossed, multiplied, reversed_product
@@ -27,22 +27,21 @@ class LinePull:
     def __init__(self, part: LinePart, cotangent: Tensor, out: Tensor) -> None:
         self._part, self._plan, self._lines = part, part.plan, part.lines
         plain = part.value.shape[2]
-        registers, sizes = self._lines.registers, (self._lines.rows, self._lines.width)
         delta = with_turned_columns((cotangent * out).sum(-1).permute(2, 1, 0).unsqueeze(-1), self._lines)
-        self._delta_of_registers = delta[..., :registers, :]
-        self._delta_of_grid = torch.unflatten(delta[..., registers:, :], -2, sizes)
-        self._relative = cotangent[..., plain:].flatten(2)
+        self._delta_of_registers = delta[..., : self._lines.registers, :]
+        self._delta_of_grid = grid(delta, self._lines)
         self._cotangent = part.by_head("cotangent", cotangent[..., :plain], turned=True)
         self.d_query, self.d_key, self.d_value = (
             part.room.tensor(f"d {name}", *own.shape).zero_()
             for name, own in (("query", part.query), ("key", part.key), ("value", part.value))
         )
-        self._d_grid = torch.unflatten(self.d_query[:, registers:], 1, sizes)
+        self._d_grid = grid(self.d_query, self._lines)
         if self._plan.has_values:
-            turned = by_line(self._relative, self._lines).flip(0)
+            relative = cotangent[..., plain:].flatten(2)
+            turned = by_line(relative, self._lines).flip(0)
             part.room.tensor("turned cotangent", *turned.shape).copy_(turned)
             item = self._plan.heads, self._plan.call.roles[-1].head_dim
-            self._reader = Reader(self._relative, item, part.memory, "cotangent")
+            self._reader = Reader(relative, item, part.memory, "cotangent")
             if self._lines.border:
                 value = part.steps[-1]
                 rooms = value.workspace()
@@ -63,7 +62,7 @@ class LinePull:
         for columns in part.columns:
             weights = part.weights(columns) if kept is None else Weights(next(kept))
             cotangent = part.queries(self._cotangent, columns)
-            d_logits = part.numbers("logits", columns)  # whose place the weights' gradient takes
+            d_logits = part.room.weights("logits", columns)  # whose place the weights' gradient takes
             torch.bmm(cotangent, part.value.mT, out=d_logits.rows)
             if self._plan.has_values:
                 self._back_values(weights, d_logits, columns)

@@ -13,8 +13,12 @@ from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.lines import Lines, Slab, box
 from translution.backends.torch.memory import Store
 
-# A slab by the first of its rows, and the first of some columns.
-Place = tuple[int, int]
+# A slab by the first of its rows, and some columns by their first.
+_Where = tuple[int, int]
+
+
+def _where(slab: Slab, columns: slice) -> _Where:
+    return slab.row, columns.start
 
 
 class _Features(NamedTuple):
@@ -43,10 +47,9 @@ class Skewed:
         for room in self._rooms.values():
             room.zero_()
 
-    def push(self, blocks: Tensor, total: Tensor, others: int) -> None:
+    def push(self, blocks: Tensor, total: Tensor) -> None:
         """Add blocks [own, R, others * E] to ``total`` [R, own + others - 1, E]."""
-        own, inner, width = blocks.shape
-        shape = own, inner, total.shape[1], width // others
+        shape = blocks.shape[0], *total.shape
         room = self._rooms.get(shape)
         if room is None:
             room = self._rooms[shape] = self._store.empty(self._like, *shape).zero_()
@@ -67,11 +70,11 @@ class RoleRoom:
     def __init__(self, store: Store, tokens: Tensor, skewed: Skewed) -> None:
         self._store, self._like, self.skewed = store, tokens.new_empty(0), skewed
         self.tokens = store.empty(self._like, *tokens.shape)
-        self.own: dict[Place, Tensor] = {}
-        self.blocks: dict[Place, Tensor] = {}
-        self.totals: dict[Place, Tensor] = {}
-        self.features: dict[Place, _Features] = {}
-        self.gradients: dict[Place, _Gradient] = {}
+        self.own: dict[_Where, Tensor] = {}
+        self.blocks: dict[_Where, Tensor] = {}
+        self.totals: dict[_Where, Tensor] = {}
+        self.features: dict[_Where, _Features] = {}
+        self.gradients: dict[_Where, _Gradient] = {}
 
     @cached_property
     def d_tokens(self) -> Tensor:
@@ -108,7 +111,7 @@ class LineRole:
         self._room = room
         room.tokens.copy_(self._turned(tokens))
         # What is no view of the room; every slab is gone through up to three times.
-        self._copies: dict[Place, Tensor] = {}
+        self._copies: dict[_Where, Tensor] = {}
 
     def _turned(self, tokens: Tensor) -> Tensor:
         return tokens.flip(0) if self.is_query else tokens
@@ -129,28 +132,28 @@ class LineRole:
 
     def _own(self, slab: Slab, columns: slice) -> Tensor:
         """The same of the tokens, [columns, F, n]."""
-        place, room = (slab.row, columns.start), self._room
-        found = room.own.get(place)
+        where, room = _where(slab, columns), self._room
+        found = room.own.get(where)
         if found is None:
-            found = self._copies.get(place)
+            found = self._copies.get(where)
         if found is None:
             found = self._box(slab, room.tokens, columns).flatten(2)
             is_view = slab.size[1:] == self._lines.outer[1:]
-            (room.own if is_view else self._copies)[place] = found
+            (room.own if is_view else self._copies)[where] = found
         return found
 
     def _blocks(self, slab: Slab, columns: slice) -> Tensor | None:
         """For each of the own columns the matrices of all others, side by side, [own, R, others * E]."""
         if self._matrices is None:
             return None
-        place = slab.row, columns.start
-        found = self._room.blocks.get(place)
+        where = _where(slab, columns)
+        found = self._room.blocks.get(where)
         if found is None:
             table, (own, others) = self._matrices, self._counts(columns)
             inner, classes, features = table.shape
             offset = table.storage_offset() + (slab.row + columns.start) * features
             strides = features, classes * features, 1
-            found = self._room.blocks[place] = table.as_strided((own, inner, others * features), strides, offset)
+            found = self._room.blocks[where] = table.as_strided((own, inner, others * features), strides, offset)
         return found
 
     def _counts(self, columns: slice) -> tuple[int, int]:
@@ -165,13 +168,13 @@ class LineRole:
         if blocks is None:
             found = own.view(own.shape[0], 1, heads, width, own.shape[2])
             return found if self.is_query else found.transpose(0, 1)
-        place, features = (slab.row, columns.start), self._room.features
-        views = features.get(place)
+        where, features = _where(slab, columns), self._room.features
+        views = features.get(where)
         if views is None:
             count, others = self._counts(columns)
             product = scratch(count, others * heads * width, own.shape[2])
             found = product.view(count, others, heads, width, own.shape[2])
-            views = features[place] = _Features(product, found if self.is_query else found.transpose(0, 1))
+            views = features[where] = _Features(product, found if self.is_query else found.transpose(0, 1))
         torch.bmm(blocks.mT, own, out=views.product)
         return views.encoded
 
@@ -179,17 +182,17 @@ class LineRole:
         """Take in the gradient ``first`` times ``second`` of what :meth:`encode` gave."""
         if not self.is_query:
             first, second = first.transpose(0, 1), second.transpose(0, 1)
-        place, room, (count, others) = (slab.row, columns.start), self._room, self._counts(columns)
+        where, room, (count, others) = _where(slab, columns), self._room, self._counts(columns)
         own, blocks = self._own(slab, columns), self._blocks(slab, columns)
-        views = room.gradients.get(place)
+        views = room.gradients.get(where)
         if views is None:
             product = scratch(count, others, self._role.heads, self._role.head_dim, own.shape[2])
             rows = product.view(count, others * product.shape[2] * product.shape[3], own.shape[2])
-            views = room.gradients[place] = _Gradient(product, rows)
+            views = room.gradients[where] = _Gradient(product, rows)
         torch.mul(first, second, out=views.product)
-        total = room.totals.get(place)
+        total = room.totals.get(where)
         if total is None:
-            total = room.totals[place] = self._box(slab, room.d_tokens, columns)
+            total = room.totals[where] = self._box(slab, room.d_tokens, columns)
         if blocks is None:
             total.add_(views.product.sum(1).view(total.shape))
             return
@@ -197,4 +200,4 @@ class LineRole:
         if self._d_matrices is not None:
             found = torch.bmm(own, views.rows.mT, out=small(*blocks.shape))
             first_class = slab.row + columns.start
-            room.skewed.push(found, self._d_matrices[:, first_class : first_class + count + others - 1], others)
+            room.skewed.push(found, self._d_matrices[:, first_class : first_class + count + others - 1])

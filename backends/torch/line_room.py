@@ -54,14 +54,15 @@ class LineRoom:
 
     def __init__(self, store: Store, plan: LinePlan, like: Tensor, batch: int, columns: Sequence[slice]) -> None:
         self._store, self._like, lines = store, like.new_empty(0), plan.lines
-        self._shape = plan.heads, batch, lines.rows, max(c.stop - c.start for c in columns), lines.width
+        widest = max(c.stop - c.start for c in columns)
+        self._shape = plan.heads, batch, lines.rows, widest, lines.links.geometry.num_keys
         self._tensors: dict[str, Tensor] = {}
         self._weights: dict[tuple[str, int], Weights] = {}
         self._boxes: dict[tuple[str, int, int], Tensor] = {}
         # Features of queries or values, of keys, their products or gradients; numbers of pairs; what is none of these.
         names = "first", "second", "product", "factors", "small"
         self.first, self.second, self.product, self.factors, self.small = (Scratch(like, store, n) for n in names)
-        pairs = lines.width * self._shape[3] * lines.rows * batch
+        pairs = lines.width * widest * lines.rows * batch
         for scratch in (self.first, self.second, self.product):
             scratch(pairs * max(role.heads * role.head_dim for role in plan.call.roles))
         self.factors(pairs * plan.heads)
@@ -73,13 +74,13 @@ class LineRoom:
             found = self._tensors[name] = self._store.empty(self._like, *shape)
         return found
 
-    def weights(self, name: str, columns: slice, tokens: int) -> Weights:
+    def weights(self, name: str, columns: slice) -> Weights:
         """Room of this ``name`` for numbers of some columns' pairs; other columns have the same."""
         found = self._weights.get((name, columns.start))
         if found is None:
-            heads, batch, rows, widest, _ = self._shape
+            heads, batch, rows, _, tokens = self._shape
             shape = heads, batch, rows, columns.stop - columns.start, tokens
-            room = self.tensor(name, heads * batch * rows * widest * tokens)
+            room = self.tensor(name, math.prod(self._shape))
             found = self._weights[name, columns.start] = Weights(room[: math.prod(shape)].view(shape))
         return found
 
