@@ -224,7 +224,7 @@ BAD = [
         UnknownName,
         lambda: call(algorithm="streem"),
         "'streem'",
-        "known are conv, definition",
+        "known are compiled, conv, definition",
         "mean 'stream'",
     ),
     Bad(

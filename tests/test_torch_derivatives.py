@@ -333,7 +333,8 @@ def _absent(case: Question) -> tuple[Array, Array, Array]:
 
 
 def _algorithms(case: Question) -> list[str]:
-    request = translution.Request(case.operator, mask="none" if case.mask is None else str(case.mask.dtype))
+    mask = "none" if case.mask is None else str(case.mask.dtype)
+    request = translution.Request(case.operator, dtype="float64", mask=mask)
     backend = translution.get_backend("torch")
     return [a for a in backend.algorithms if not backend.not_supported(request, a)]
 

@@ -118,14 +118,14 @@ def test_calls_of_another_kind_leave_no_trace(names):
 @pytest.mark.usefixtures("way")
 def test_parts_of_the_batch_share_the_room(monkeypatch):
     """Also where the last is smaller than the others."""
-    monkeypatch.setattr(attention._Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6), slice(6, 7)])
+    monkeypatch.setattr(attention.Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6), slice(6, 7)])
     own = given(FULL, 1, batch=7)
     expected = alone(FULL, *own)
     for _ in range(3):
         assert_same(results(FULL, *own), expected)
     whole = kept_bytes()
     memory.release()
-    monkeypatch.setattr(attention._Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6)])
+    monkeypatch.setattr(attention.Attention, "parts", lambda *_, **__: [slice(0, 3), slice(3, 6)])
     for _ in range(3):
         results(FULL, *given(FULL, 1, batch=6))
     assert kept_bytes() == whole

@@ -106,7 +106,7 @@ def test_a_wrong_waiver_file_says_what_is_wrong(tmp_path: Path, text: str, words
         ('dtype = ["float16", "float32"]', ("one of float64, float32, float16, bfloat16",)),
         (
             'algorithm = "fuse"',
-            ("one of definition, pairwise, stream, conv, sdpa, fused, written. Did you mean 'fused'?",),
+            ("one of definition, pairwise, stream, compiled, conv, sdpa, fused, written. Did you mean 'fused'?",),
         ),
         ('"layout.kernel_size" = 3', ("when layout.kernel_size = 3 can never be: it is a list, such as [3, 3]",)),
         ('"layout.stride" = [1, true]', ("it is a list, such as [3, 3]",)),

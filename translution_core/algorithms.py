@@ -3,6 +3,7 @@
 definition  the formula as loops over pairs
 pairwise    encodes every pair, then one softmax over the pairs of a query: O(links x features) memory
 stream      one matrix product per displacement, nothing of size links x features
+compiled    the same in kernels that are compiled for the CPU at hand, from tokens to results block by block
 conv        the native convolution, for operators that are one
 sdpa        the native scaled_dot_product_attention, for operators that are one
 fused       one kernel per block of queries and head, running softmax
@@ -18,7 +19,7 @@ from translution.normal_form import Linear, NormalForm, Role, normal_form
 from translution.spec import Lattice, Operator
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex128": 16}
-ALGORITHMS = ("definition", "pairwise", "stream", "conv", "sdpa", "fused")
+ALGORITHMS = ("definition", "pairwise", "stream", "compiled", "conv", "sdpa", "fused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ def cost(request: Request, algorithm: str) -> Cost:
         "definition": encoded + heads * queries * keys,
         "pairwise": encoded + logits + links * sum(features.values()),
         "stream": encoded + logits + queries * operator.dim + keys * operator.keys_dim,
+        "compiled": encoded + queries * operator.dim + keys * operator.keys_dim,
         "conv": encoded + keys * operator.keys_dim,
         "sdpa": encoded,
         "fused": encoded,

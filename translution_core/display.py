@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from translution.conformance.exam.law import Law
     from translution.conformance.results import Row
 
-PACKAGES = ("numpy", "torch", "triton", "transformers", "mlxtend", "hypothesis", "matplotlib", "safetensors")
+PACKAGES = (
+    "numpy", "torch", "llvmlite", "triton", "transformers", "mlxtend", "hypothesis", "matplotlib", "safetensors",
+)  # fmt: skip
 
 
 def new_console() -> Console:

@@ -26,7 +26,7 @@ SCHEMA = "translution/plan"
 VERSION = 1
 SCHEMA_FILE = f"plan-{VERSION}.schema.json"
 # Whatever can change what is fastest.
-PACKAGES = ("translution", "numpy", "torch", "triton")
+PACKAGES = ("translution", "numpy", "torch", "llvmlite", "triton")
 _MOST_BYTES = 2**26
 
 

@@ -215,9 +215,10 @@ def _stacked(found: Cost, request: Request, layers: int) -> int:
 
 @lru_cache(maxsize=256)
 def _counted(request: Request) -> Cost:
-    """What torch takes with the algorithm that by estimate takes the least; the kind of device makes no difference."""
+    """What torch takes with the algorithm that by estimate takes the least, of those that run on every device."""
     request, backend = replace(request, device="cpu"), get_backend("torch")
-    runs = [name for name in backend.algorithms if not reasons_against(backend, request, name)]
+    every = [name for name in backend.algorithms if name != "compiled"]
+    runs = [name for name in every if not reasons_against(backend, request, name)]
     return predict(backend, request, min(runs, key=lambda name: cost(request, name).working_bytes))
 
 

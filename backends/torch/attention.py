@@ -2,7 +2,7 @@
 
     p_ij = exp(l_ij - m_i)    s_i = sum_j p_ij    o_i = sum_j p_ij v_ij / s_i        l_ij = scale <q_ij, k_ij> + bias
 
-m_i is 0 as long as no sum comes near the ends of the number range, else the largest logit, found by a pass of its own:
+m_i is 0 where no sum comes near the ends of the number range, else the largest logit, found by a pass of its own:
 the result is the same. With a_ij = p_ij / s_i, encoded and computed again from m and s alone,
 
     dv_ij = a_ij do_i    dl_ij = scale a_ij (<do_i, v_ij> - <do_i, o_i>)    dq_ij = dl_ij k_ij    dk_ij = dl_ij q_ij
@@ -37,13 +37,12 @@ STRETCH_BYTES = 4 << 20, 2 << 20
 # Where every role is a full table, what all links of a displacement have may be as much, and it is few rows: all
 # that follows the products is done in stretches of as many bytes, for all the batch.
 FEW_BYTES, FEW_STRETCH_BYTES = 96 << 10, 2 << 20
-# A first logit beyond this, or a sum outside these, and the largest logit is looked for.
-FAR_LOGIT = 30.0
+# A sum outside these, and the largest logit is looked for.
 SUMS = 1e-18, 1e18
 
 
 @dataclass(frozen=True, slots=True)
-class _Attention:
+class Attention:
     """What both directions know. ``added`` [L, B|1, H|1] is the mask's share of the logits, ``dead`` what it hides.
 
     ``scale`` is a tensor of no dimension: a Python number would be made one for every visit.
@@ -76,7 +75,7 @@ class _Attention:
         small = (tokens + of_visits * links.widest) * self._row
         return divided(batch, 1, min(WORKSPACE_BYTES // max(large, 1), (WORKSPACE_BYTES - shared) // max(small, 1)))
 
-    def with_few_rows(self, tensors: Sequence[Tensor], backward: bool = False) -> "_Attention":
+    def with_few_rows(self, tensors: Sequence[Tensor], backward: bool = False) -> "Attention":
         """By :mod:`few_rows`, where that is faster, else as it is."""
         like, links = tensors[0], self.call.links
         if torch.compiler.is_compiling() or like.device.type not in ("cpu", "meta") or not self.call.is_full(tensors):
@@ -88,7 +87,7 @@ class _Attention:
             return self
         return replace(self, is_few=True)
 
-    def in_large_parts(self, tensors: Sequence[Tensor]) -> "_Attention":
+    def in_large_parts(self, tensors: Sequence[Tensor]) -> "Attention":
         """For the backward: where it takes several parts, with visits that leave room for larger ones.
 
         Every part reads all tables and adds to all their gradients.
@@ -142,7 +141,7 @@ class _Part:
     """A part of the batch, gone through once or twice."""
 
     def __init__(
-        self, attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice, own: Memory
+        self, attention: Attention, bias: Tensor | None, tensors: Sequence[Tensor], part: slice, own: Memory
     ) -> None:
         self._attention, self._bias, self._part, self._links = attention, bias, part, attention.call.links
         call, batch = attention.call, tensors[0][:, part].shape[1]
@@ -156,31 +155,21 @@ class _Part:
         self._attention.logits(self._visited.products(stretch), stretch, self._bias, self._part, found.whole)
         return found
 
-    def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> bool:
-        """Sum up o_i s_i and s_i, which are 0 yet; whether they can be relied on: with ``highest`` always."""
+    def sums(self, outs: Sequence[Tensor], total: Tensor, highest: Tensor | None) -> None:
+        """Sum up o_i s_i and s_i, which are 0 yet. Without ``highest`` every m_i is 0."""
         self._visited.open(outs, total)
-        for number, stretch in enumerate(self._stretches):
+        for stretch in self._stretches:
             weights = self._logits(stretch)
             if highest is not None:
                 weights.whole.sub_(highest.index_select(0, self._links.query_index[stretch.links]))
-            elif number == 0 and _beyond(weights.whole, -torch.inf, FAR_LOGIT):
-                return False
             weights.whole.exp_()
             self._visited.add(stretch, weights)
         self._visited.close()
-        return highest is not None or self._is_safe(outs, total)
 
-    def _is_safe(self, outs: Sequence[Tensor], total: Tensor) -> bool:
-        """Whether no sum overflowed or lost what it should hold. A query that sees nothing rightly has 0."""
-        if _beyond(total, *SUMS) and _beyond(torch.where(self._sees(total), total, 1.0), *SUMS):
-            return False
-        return not any(_beyond(out, *(sign * torch.finfo(out.dtype).max for sign in (-1, 1))) for out in outs)
-
-    def _sees(self, like: Tensor) -> Tensor:
-        """Whether a query has a live link, [Nq, B|1, H|1]."""
+    def far(self, outs: Sequence[Tensor], total: Tensor) -> Tensor | None:
+        """As :func:`far`."""
         mask = self._attention.call.mask
-        live = like.new_ones((self._links.count, 1, 1)) if mask is None else mask.part(self._part).live.to(like.dtype)
-        return like.new_zeros((len(like), *live.shape[1:])).index_add_(0, self._links.query_index, live) > 0
+        return far(self._links, None if mask is None else mask.part(self._part), outs, total)
 
     def highest(self, out: Tensor) -> None:
         """The largest logit of every query, 0 where it sees nothing."""
@@ -193,14 +182,31 @@ class _Part:
         out.copy_(found.masked_fill_(found == -torch.inf, 0.0))
 
 
-def _beyond(value: Tensor, low: float, high: float) -> bool:
-    """Whether some number is outside. NaN is not: no other way makes a number of it."""
-    found = ((value < low) | (value > high)).any()
-    return not found.is_meta and bool(found)
+def far(links: Links, mask: LinkMask | None, outs: Sequence[Tensor], total: Tensor) -> Tensor | None:
+    """Where a sum overflowed or lost what it should hold, [Nq, B, H]; None if nowhere.
+
+    A query that sees nothing rightly has 0.
+    """
+    found = _beyond(total, *SUMS)
+    for out in outs:
+        largest = torch.finfo(out.dtype).max
+        found |= torch.unflatten(_beyond(out, -largest, largest), -1, (total.shape[-1], -1)).any(-1)
+    some = found.any()
+    if some.is_meta or not some:
+        return None
+    live = total.new_ones((links.count, 1, 1)) if mask is None else mask.live.to(total.dtype)
+    sees = total.new_zeros((len(total), *live.shape[1:])).index_add_(0, links.query_index, live) > 0
+    found &= sees
+    return found if found.any() else None
+
+
+def _beyond(value: Tensor, low: float, high: float) -> Tensor:
+    """Where a number is outside. NaN is not: no other way makes a number of it."""
+    return (value < low) | (value > high)
 
 
 def _attend(
-    attention: _Attention, bias: Tensor | None, tensors: Sequence[Tensor]
+    attention: Attention, bias: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """o_i of all value roles side by side [Nq, B, H, widths], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
     call, like = attention.call, tensors[0]
@@ -211,9 +217,13 @@ def _attend(
     for own_items in attention.parts(batch):
         part = _Part(attention, bias, tensors, own_items, work.part(own_items.stop - own_items.start))
         own, own_total = [out[:, own_items] for out in outs], total[:, own_items]
-        if not part.sums(own, own_total, None):
+        part.sums(own, own_total, None)
+        where = part.far(own, own_total)
+        if where is not None:
             highest = torch.zeros_like(total) if highest is None else highest
             part.highest(highest[:, own_items])
+            # A query whose sums are right keeps them to the bit, whatever others have.
+            highest[:, own_items].masked_fill_(~where, 0.0)
             for sums in (own_total, *own):
                 sums.zero_()
             part.sums(own, own_total, highest[:, own_items])
@@ -225,20 +235,20 @@ def _attend(
 
 class _Softmax(Operation):
     @staticmethod
-    def forward(ctx: Any, attention: _Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         out, total, highest = _attend(attention, bias, tensors)
         ctx.attention = attention
         ctx.save_for_backward(out, total, highest, bias, *tensors)
         return out
 
     @staticmethod
-    def compute(attention: _Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    def compute(attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         return _attend(attention, bias, tensors)[0]
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        attention: _Attention = ctx.attention
+        attention: Attention = ctx.attention
         needs = ctx.needs_input_grad[1:]
         out, total, highest, bias, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -265,7 +275,7 @@ class _Pull:
 
     def __init__(
         self,
-        attention: _Attention,
+        attention: Attention,
         bias: Tensor | None,
         cotangent: Tensor,
         out: Tensor,
@@ -326,6 +336,6 @@ def attend(
     call, tensors = Call.of(links, mask, *roles)
     dead = None if mask is None else ~mask.live
     scale = torch.full((), branch.scale, dtype=tensors[0].dtype, device=tensors[0].device)
-    attention = _Attention(call, scale, None if mask is None else mask.added, dead)
+    attention = Attention(call, scale, None if mask is None else mask.added, dead)
     out = _Softmax.call(attention, bias, *tensors)
     return list(torch.split(out, [role.head_dim for role in roles[2:]], -1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from translution.algorithms import Cost, Request, why_not
 from translution.arrays import Kind
 from translution.backends.torch import attention, line_attention, native, pairwise, stream
+from translution.backends.torch.compiled import claims as compiled
 from translution.backends.torch.derivatives import no_autocast
 from translution.backends.torch.encoding import (
     Encoded,
@@ -35,7 +36,7 @@ class TorchBackend:
 
     name: str = "torch"
     kind: Kind = "torch"
-    algorithms: tuple[str, ...] = ("conv", "sdpa", "stream", "pairwise")
+    algorithms: tuple[str, ...] = ("conv", "sdpa", "stream", "compiled", "pairwise")
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     # On CUDA index_add_ adds in an order of its own.
     claims: Claims = Claims(gradient_order=2, deterministic=("cpu",))
@@ -47,6 +48,8 @@ class TorchBackend:
     def not_supported(self, request: Request, algorithm: str) -> list[str]:
         """Every reason why this request can't run with ``algorithm``."""
         reasons = why_not(request, algorithm) + native.why_not(request, algorithm)
+        if algorithm == "compiled":
+            return reasons + compiled.why_not(request)
         if request.device not in DEVICES:
             reasons.append(f"torch computes on {' and '.join(DEVICES)} here, not on {request.device}")
         if request.device == "cuda" and not torch.cuda.is_available():
@@ -74,6 +77,8 @@ class TorchBackend:
             weights = None
             if algorithm == "sdpa":
                 heads = call.attention(inputs.mask)
+            elif algorithm == "compiled":
+                heads = call.compiled()
             else:
                 heads, weights = call.general(stream if algorithm == "stream" else pairwise, request.return_weights)
             out = _projected(request, params, inputs, heads)
@@ -114,6 +119,23 @@ class _Call:
         (value,) = encode_values(form.value, self.params, self.y, geometry)
         return native.attention(form, self.params, query, key, value.encoded, self.links, mask)
 
+    def compiled(self) -> Tensor:
+        """One softmax over content by compiled kernels."""
+        from translution.backends.torch.compiled.softmax import attend
+
+        form, geometry = self.form, self.links.geometry
+        assert form.query is not None
+        assert form.key is not None
+        query = encode_role(form.query, self.params, self.x, geometry, "query")
+        key = encode_role(form.key, self.params, self.y, geometry, "key")
+        (value,) = encode_values(form.value, self.params, self.y, geometry)
+        return attend(form, self.links, self._bias(), query, key, value.encoded)
+
+    def _bias(self) -> Tensor | None:
+        """The bias of the only branch, [T, H]."""
+        (branch,) = self.form.branches
+        return None if branch.bias is None else bias_table(branch.bias, self.links, self.params, self.x.dtype)
+
     def general(self, method: ModuleType, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Any operator by ``stream`` or ``pairwise``; the weights [B, H, Nq, Nk] too where asked for."""
         form, links, mask, heads = self.form, self.links, self.mask, self.form.value.num_heads
@@ -141,9 +163,7 @@ class _Call:
             return [by_lines]
         if not attention.is_one_pass(form, links, mask, roles):
             return None
-        (branch,) = form.branches
-        bias = None if branch.bias is None else bias_table(branch.bias, links, self.params, self.x.dtype)
-        return attention.attend(form, links, mask, bias, roles)
+        return attention.attend(form, links, mask, self._bias(), roles)
 
 
 def _projected(request: Request, params: Mapping[str, Tensor], inputs: Inputs, heads: Tensor) -> Tensor:

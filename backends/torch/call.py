@@ -162,7 +162,7 @@ class Gathered:
             unused = self._call.links.unvisited["key" if role.name == "key" else "value"]
             for total in (self.totals[n] for n in self._call.matrices(number)):
                 if total is not None:
-                    for row in unused:
+                    for row in range(len(total)) if self.opens else unused:
                         total[row].zero_()
         return [
             None if total is None else total.to(tensor.dtype)

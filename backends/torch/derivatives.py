@@ -47,7 +47,7 @@ def gradients_with_graph(
         return [next(found) if need else None for need in needs]
 
 
-NO_TRANSFORMS = "stream and sdpa are no part of torch.func transforms; algorithm='pairwise' is"
+NO_TRANSFORMS = "stream, sdpa and compiled are no part of torch.func transforms; algorithm='pairwise' is"
 
 
 class Operation(torch.autograd.Function):
