@@ -124,6 +124,54 @@ class Attention:
         if self.dead is not None:
             found.masked_fill_(items(self.dead, part)[own], -torch.inf)
 
+    def attend(self, bias: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """o_i of all value roles side by side [Nq, B, H, widths], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
+        call, like = self.call, tensors[0]
+        batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
+        attention = self.with_few_rows(tensors)
+        outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
+        total, highest, work = like.new_zeros((queries, batch, heads)), None, attention.take(tensors)
+        for own_items in attention.parts(batch):
+            part = _Part(attention, bias, tensors, own_items, work.part(own_items.stop - own_items.start))
+            own, own_total = [out[:, own_items] for out in outs], total[:, own_items]
+            part.sums(own, own_total, None)
+            where = part.far(own, own_total)
+            if where is not None:
+                highest = torch.zeros_like(total) if highest is None else highest
+                part.highest(highest[:, own_items])
+                # A query whose sums are right keeps them to the bit, whatever others have.
+                highest[:, own_items].masked_fill_(~where, 0.0)
+                for sums in (own_total, *own):
+                    sums.zero_()
+                part.sums(own, own_total, highest[:, own_items])
+        memory.give_back(work)
+        total.masked_fill_(total == 0, 1.0)
+        by_head = [torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1)) for out in outs]
+        return by_head[0] if len(by_head) == 1 else torch.cat(by_head, -1), total, highest
+
+    def gradients(
+        self,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        cotangent: Tensor,
+        out: Tensor,
+        total: Tensor,
+        highest: Tensor | None,
+    ) -> list[Tensor | None]:
+        """Of the bias and of all tensors, None for what needs none, from what :meth:`attend` says."""
+        attention = self.with_few_rows(tensors, backward=True).in_large_parts(tensors)
+        d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
+        work = attention.take(tensors, backward=True)
+        gathered = Gathered(attention.call, tensors, needs[1:])
+        for part in attention.parts(out.shape[1], backward=True):
+            own_highest = None if highest is None else highest[:, part]
+            pull = _Pull(attention, bias, cotangent[:, part], out[:, part], total[:, part], own_highest)
+            pull.back(tensors, gathered, part, d_bias, work.part(part.stop - part.start))
+            gathered.close()
+        memory.give_back(work)
+        return [d_bias, *gathered.results()]
+
     def whole(self, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
         """The result in plain autograd."""
         call = self.call
@@ -205,45 +253,19 @@ def _beyond(value: Tensor, low: float, high: float) -> Tensor:
     return (value < low) | (value > high)
 
 
-def _attend(
-    attention: Attention, bias: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """o_i of all value roles side by side [Nq, B, H, widths], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
-    call, like = attention.call, tensors[0]
-    batch, heads, queries = like.shape[1], call.roles[0].heads, call.links.geometry.num_queries
-    attention = attention.with_few_rows(tensors)
-    outs = [like.new_zeros((queries, batch, heads * role.head_dim)) for role in call.roles[2:]]
-    total, highest, work = like.new_zeros((queries, batch, heads)), None, attention.take(tensors)
-    for own_items in attention.parts(batch):
-        part = _Part(attention, bias, tensors, own_items, work.part(own_items.stop - own_items.start))
-        own, own_total = [out[:, own_items] for out in outs], total[:, own_items]
-        part.sums(own, own_total, None)
-        where = part.far(own, own_total)
-        if where is not None:
-            highest = torch.zeros_like(total) if highest is None else highest
-            part.highest(highest[:, own_items])
-            # A query whose sums are right keeps them to the bit, whatever others have.
-            highest[:, own_items].masked_fill_(~where, 0.0)
-            for sums in (own_total, *own):
-                sums.zero_()
-            part.sums(own, own_total, highest[:, own_items])
-    memory.give_back(work)
-    total.masked_fill_(total == 0, 1.0)
-    by_head = [torch.unflatten(out, -1, (heads, -1)).div_(total.unsqueeze(-1)) for out in outs]
-    return by_head[0] if len(by_head) == 1 else torch.cat(by_head, -1), total, highest
+class Softmax(Operation):
+    """o_i [Nq, B, H, widths] of an attention, a bias [T, H] and the tensors of its call."""
 
-
-class _Softmax(Operation):
     @staticmethod
     def forward(ctx: Any, attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        out, total, highest = _attend(attention, bias, tensors)
+        out, total, highest = attention.attend(bias, tensors)
         ctx.attention = attention
         ctx.save_for_backward(out, total, highest, bias, *tensors)
         return out
 
     @staticmethod
     def compute(attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        return _attend(attention, bias, tensors)[0]
+        return attention.attend(bias, tensors)[0]
 
     @staticmethod
     @without_autocast
@@ -257,17 +279,7 @@ class _Softmax(Operation):
                 return attention.whole(own_bias, own)
 
             return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
-        attention = attention.with_few_rows(tensors, backward=True).in_large_parts(tensors)
-        d_bias = None if bias is None or not needs[0] else torch.zeros_like(bias)
-        work = attention.take(tensors, backward=True)
-        gathered = Gathered(attention.call, tensors, needs[1:])
-        for part in attention.parts(out.shape[1], backward=True):
-            own_highest = None if highest is None else highest[:, part]
-            pull = _Pull(attention, bias, cotangent[:, part], out[:, part], total[:, part], own_highest)
-            pull.back(tensors, gathered, part, d_bias, work.part(part.stop - part.start))
-            gathered.close()
-        memory.give_back(work)
-        return (None, d_bias, *gathered.results())
+        return (None, *attention.gradients(bias, tensors, needs, cotangent, out, total, highest))
 
 
 class _Pull:
@@ -337,5 +349,5 @@ def attend(
     dead = None if mask is None else ~mask.live
     scale = torch.full((), branch.scale, dtype=tensors[0].dtype, device=tensors[0].device)
     attention = Attention(call, scale, None if mask is None else mask.added, dead)
-    out = _Softmax.call(attention, bias, *tensors)
+    out = Softmax.call(attention, bias, *tensors)
     return list(torch.split(out, [role.head_dim for role in roles[2:]], -1))

@@ -111,25 +111,23 @@ class _Call:
 
     def attention(self, mask: Tensor | None) -> Tensor:
         """Plain attention by torch's kernel."""
-        form, geometry = self.form, self.links.geometry
-        assert form.query is not None
-        assert form.key is not None
-        query = encode_role(form.query, self.params, self.x, geometry, "query")
-        key = encode_role(form.key, self.params, self.y, geometry, "key")
-        (value,) = encode_values(form.value, self.params, self.y, geometry)
-        return native.attention(form, self.params, query, key, value.encoded, self.links, mask)
+        return native.attention(self.form, self.params, *self._roles(), self.links, mask)
 
     def compiled(self) -> Tensor:
         """One softmax over content by compiled kernels."""
         from translution.backends.torch.compiled.softmax import attend
 
+        return attend(self.form, self.links, self._bias(), *self._roles())
+
+    def _roles(self) -> tuple[Encoded, Encoded, Encoded]:
+        """Query, key and the only value."""
         form, geometry = self.form, self.links.geometry
         assert form.query is not None
         assert form.key is not None
         query = encode_role(form.query, self.params, self.x, geometry, "query")
         key = encode_role(form.key, self.params, self.y, geometry, "key")
         (value,) = encode_values(form.value, self.params, self.y, geometry)
-        return attend(form, self.links, self._bias(), query, key, value.encoded)
+        return query, key, value.encoded
 
     def _bias(self) -> Tensor | None:
         """The bias of the only branch, [T, H]."""

@@ -213,6 +213,11 @@ class Block:
         """Where a number of a row and head is."""
         return self.emitter.at(self.room(name), self.emitter.sum(self.emitter.times(row, self.sizes.heads), head))
 
+    def weigh(self, row: ir.Value, head: int) -> None:
+        """The logit less m_i, which :meth:`raise_weights` makes p_ij of."""
+        found = self.code.fsub(self.logit(row, head), self.of_query("highest", row, head))
+        self.code.store(found, self.number("weights", row, head))
+
     def raise_weights(self, count: ir.Value) -> None:
         """e to their power."""
         e, weights = self.emitter, self.room("weights")

@@ -46,8 +46,7 @@ class _Forward(Block):
     def _weigh(self, count: ir.Value) -> None:
         with self.emitter.loop(count) as row:
             for head in range(self.sizes.heads):
-                found = self.code.fsub(self.logit(row, head), self.of_query("highest", row, head))
-                self.code.store(found, self.number("weights", row, head))
+                self.weigh(row, head)
         self.raise_weights(count)
 
     def _look_for_highest(self, count: ir.Value) -> None:
@@ -112,8 +111,7 @@ class _Backward(Block):
         features = self.sizes.features(value)
         with self.emitter.loop(count) as row:
             for head in range(self.sizes.heads):
-                found = code.fsub(self.logit(row, head), self.of_query("highest", row, head))
-                code.store(found, self.number("weights", row, head))
+                self.weigh(row, head)
                 g, v = (self.of_row(name, row, features) for name in ("cotangent", value.name))
                 code.store(self.dot(g, v, head, value.dim), self.number("pulls", row, head))
         self.raise_weights(count)

@@ -15,12 +15,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from translution.backends.torch import memory
-from translution.backends.torch.attention import Attention, far
+from translution.backends.torch.attention import Attention, Softmax, far
 from translution.backends.torch.call import Call, Gathered
 from translution.backends.torch.compiled import launch
 from translution.backends.torch.compiled.plan import Numbers, Plan, Steps, common, sizes_of, steps
 from translution.backends.torch.compiled.sizes import Sizes
-from translution.backends.torch.derivatives import Operation, gradients_with_graph, without_autocast
 from translution.backends.torch.encoding import Encoded
 from translution.backends.torch.links import Links
 from translution.backends.torch.memory import Memory
@@ -95,54 +94,6 @@ class _Forward:
             sums[1].zero_()
             self._call("sums", sums, highest, part, own)
         return highest
-
-
-def _attend(
-    attention: Attention, bias: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """o_i [Nq, B, H, Dv], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
-    call, like = attention.call, tensors[0]
-    tensors, (sizes, numbers) = [t.contiguous() for t in tensors], sizes_of(call, tensors)
-    rows = call.links.geometry.num_queries, like.shape[1]
-    out, total = like.new_zeros((*rows, sizes.features(sizes.roles[2]))), like.new_zeros((*rows, sizes.heads))
-    for tensor in (*tensors, out):
-        if type(tensor) not in (Tensor, Parameter):
-            reason = f"compiled: a {type(tensor).__name__} is given, kernels read plain tensors alone"
-            raise NotSupported("torch", "compiled", [reason])
-    work = memory.take(("compiled forward", sizes, *call.kind(tensors)), like)
-    own_bias = like.new_zeros((call.links.geometry.num_classes, sizes.heads)) if bias is None else bias.contiguous()
-    highest = _Forward(attention, own_bias, torch.zeros_like(total), tensors, sizes, numbers).run(out, total, work)
-    memory.give_back(work)
-    total.masked_fill_(total == 0, 1.0)
-    return torch.unflatten(out, -1, (sizes.heads, -1)).div_(total.unsqueeze(-1)), total, highest
-
-
-class _Softmax(Operation):
-    @staticmethod
-    def forward(ctx: Any, attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        out, total, highest = _attend(attention, bias, tensors)
-        ctx.attention = attention
-        ctx.save_for_backward(out, total, highest, bias, *tensors)
-        return out
-
-    @staticmethod
-    def compute(attention: Attention, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        return _attend(attention, bias, tensors)[0]
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        attention: Attention = ctx.attention
-        needs = ctx.needs_input_grad[1:]
-        out, total, highest, bias, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-
-            def compute(own_bias: Tensor | None, *own: Tensor) -> Tensor:
-                return attention.whole(own_bias, own)
-
-            return (None, *gradients_with_graph(compute, (bias, *tensors), needs, cotangent))
-        pull = _Backward.of(attention, bias, [t.contiguous() for t in tensors], needs, cotangent, out, total, highest)
-        return (None, *pull.run())
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +196,44 @@ class _Backward:
                     total[int(own[step])] += part.view(total.shape[1:])
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled(Attention):
+    """By kernels, in both directions."""
+
+    def attend(self, bias: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """o_i [Nq, B, H, Dv], s_i and m_i [Nq, B, H]; None where every m_i is 0."""
+        call, like = self.call, tensors[0]
+        tensors, (sizes, numbers) = [t.contiguous() for t in tensors], sizes_of(call, tensors)
+        rows = call.links.geometry.num_queries, like.shape[1]
+        out, total = like.new_zeros((*rows, sizes.features(sizes.roles[2]))), like.new_zeros((*rows, sizes.heads))
+        for tensor in (*tensors, out):
+            if type(tensor) not in (Tensor, Parameter):
+                reason = f"compiled: a {type(tensor).__name__} is given, kernels read plain tensors alone"
+                raise NotSupported("torch", "compiled", [reason])
+        work = memory.take(("compiled forward", sizes, *call.kind(tensors)), like)
+        own_bias = like.new_zeros((call.links.geometry.num_classes, sizes.heads)) if bias is None else bias.contiguous()
+        highest = _Forward(self, own_bias, torch.zeros_like(total), tensors, sizes, numbers).run(out, total, work)
+        memory.give_back(work)
+        total.masked_fill_(total == 0, 1.0)
+        return torch.unflatten(out, -1, (sizes.heads, -1)).div_(total.unsqueeze(-1)), total, highest
+
+    def gradients(
+        self,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        cotangent: Tensor,
+        out: Tensor,
+        total: Tensor,
+        highest: Tensor | None,
+    ) -> list[Tensor | None]:
+        """Of the bias and of all tensors, None for what needs none, from what :meth:`attend` says."""
+        own = [tensor.contiguous() for tensor in tensors]
+        return _Backward.of(self, bias, own, needs, cotangent, out, total, highest).run()
+
+
 def attend(form: NormalForm, links: Links, bias: Tensor | None, query: Encoded, key: Encoded, value: Encoded) -> Tensor:
     """o_i [Nq, B, H, Dv]. ``bias`` is [T, H]."""
     call, tensors = Call.of(links, None, query, key, value)
     scale = torch.full((), form.branches[0].scale, dtype=tensors[0].dtype, device=tensors[0].device)
-    return _Softmax.call(Attention(call, scale, None, None), bias, *tensors)
+    return Softmax.call(_Compiled(call, scale, None, None), bias, *tensors)
